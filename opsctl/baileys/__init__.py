@@ -1,0 +1,1 @@
+"""What the bytes of a Baileys auth state mean: pure functions, no input or output."""

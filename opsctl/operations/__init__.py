@@ -1,0 +1,1 @@
+"""The jobs opsctl does: plain functions from stores and words to a Report."""

@@ -1,0 +1,1 @@
+"""Where auth state lives; every store speaks the same records."""
