@@ -1,0 +1,52 @@
+"""The command tree."""
+
+import sys
+from typing import Annotated
+
+import typer
+
+import opsctl
+from opsctl.cli import config, drill, frame, sessions
+
+EMERGENCY = """\
+PostgreSQL is down and WhatsApp with it? In this order:
+
+  pm2 stop SERVICES                                  nobody may own the sessions
+  opsctl sessions restore --service-stopped          sessions back as files, proven
+  opsctl sessions verify DIR                         will they log in?
+  opsctl sessions undo                               the folders as they were
+  opsctl config check                                is this installation ready?
+"""
+
+app = typer.Typer(
+    name="opsctl",
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+app.add_typer(sessions.app, name="sessions")
+app.add_typer(drill.app, name="drill")
+app.add_typer(config.app, name="config")
+
+
+def _version(wanted: bool) -> None:  # noqa: FBT001 - Typer's callback shape
+    if wanted:
+        sys.stdout.write(f"opsctl {opsctl.__version__}\n")
+        raise typer.Exit
+
+
+@app.callback(invoke_without_command=True)
+def opsctl_(
+    ctx: typer.Context,
+    version: Annotated[  # noqa: ARG001 - acted upon by its callback
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Restore WhatsApp sessions when their database is gone, and bring everything back afterwards."""
+    if ctx.invoked_subcommand is None:
+        sys.stdout.write(EMERGENCY + "\n" + ctx.get_help() + "\n")
+
+
+def main() -> None:
+    """The console script."""
+    sys.exit(frame.main(app))

@@ -1,0 +1,82 @@
+"""What the operator does next: every expected failure is one of these, and its class owns the exit code.
+
+A message is one sentence in lower case without a full stop, names the thing and holds no secret; `hint` is the next
+line to type; `kind` is the stable word that alerts are grouped by.
+"""
+
+
+class OpsctlError(Exception):
+    """An expected failure. Subclasses say which move comes next."""
+
+    exit_code = 70
+    kind = "bug"
+
+    def __init__(self, message: str, *, hint: str | None = None, kind: str | None = None, runbook: str | None = None):
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+        self.kind = kind or type(self).kind
+        self.runbook = runbook
+
+
+class UsageError(OpsctlError):
+    """The line that was typed does not make sense."""
+
+    exit_code = 2
+    kind = "usage"
+
+
+class SettingsError(OpsctlError):
+    """A setting is missing or makes no sense; the message names the variable."""
+
+    exit_code = 3
+    kind = "settings"
+
+
+class SourceUnavailable(OpsctlError):
+    """No source that can be used: it cannot be reached, lacks its tables, or did not answer in time."""
+
+    exit_code = 4
+    kind = "no-source"
+    runbook = "1 PostgreSQL unreachable"
+
+
+class DatabaseUnavailable(SourceUnavailable):
+    """PostgreSQL did not give what was asked; `kind` says in which way and `transient` whether waiting may help."""
+
+    kind = "database-unavailable"
+
+    def __init__(
+        self, message: str, *, hint: str | None = None, kind: str | None = None, transient: bool = False
+    ) -> None:
+        super().__init__(message, hint=hint, kind=kind)
+        self.transient = transient
+
+
+class Refused(OpsctlError):
+    """It could have been done and was not, because it would hurt. Nothing was changed."""
+
+    exit_code = 5
+    kind = "refused"
+
+
+class HalfDone(OpsctlError):
+    """Something was changed and not all of it: look before typing on."""
+
+    exit_code = 6
+    kind = "half-done"
+
+
+class Locked(OpsctlError):
+    """Another run works on the same thing; the message says which pid, where and since when."""
+
+    exit_code = 75
+    kind = "locked"
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal asked this run to stop. Not an `Exception`: only the frame answers it."""
+
+    def __init__(self, signal_number: int) -> None:
+        super().__init__(signal_number)
+        self.exit_code = 128 + signal_number

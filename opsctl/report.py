@@ -1,0 +1,124 @@
+"""What a command found or did: values that the terminal, the JSON and the alert are all made from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from opsctl.journal import Step
+
+
+class Outcome(StrEnum):
+    """How the world is after the command."""
+
+    OK = "ok"
+    WARNING = "warning"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """One column of the table that people see: `attribute` of each row under `header`."""
+
+    header: str
+    attribute: str
+    numeric: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """Why the exit code is not 0, in the words of `opsctl.errors`."""
+
+    kind: str
+    message: str
+    hint: str | None = None
+    runbook: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Rto:
+    """The clock of an emergency: `scope` says what was reached, `met` is None until WhatsApp is connected."""
+
+    target_s: float
+    elapsed_s: float
+    scope: str
+    met: bool | None
+    steps: tuple[Step, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What an operation gives back.
+
+    `rows` are frozen dataclasses (one table, one JSON array); `columns` choose what of them people see; `facts` are
+    single values by stable name; `warnings` are whole sentences; `next_lines` are what to type next, in order.
+    `exit_code` is 0, 1, 5 or 6 (`failure` says why); every other code is an exception of `opsctl.errors`.
+    """
+
+    summary: str
+    rows: Sequence[Any] = ()
+    columns: Sequence[Column] = ()
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    warnings: Sequence[str] = ()
+    next_lines: Sequence[str] = ()
+    details: Sequence[str] = ()
+    """Sentences only `--verbose` prints."""
+    exit_code: int = 0
+    failure: Failure | None = None
+    rto_scope: str | None = None
+    """What was reached when the clock stopped: `files` or `connected`; None where there is no target."""
+    rto_met: bool | None = None
+    companies: Sequence[str] = ()
+    """The companies a failure concerns, for the alert's tags."""
+
+    @property
+    def outcome(self) -> Outcome:
+        """0 is ok or a warning, 1 a warning or a failure, the rest failures."""
+        if self.exit_code == 0:
+            return Outcome.WARNING if self.warnings else Outcome.OK
+        if self.exit_code == 1 and self.failure is None:
+            return Outcome.WARNING
+        return Outcome.FAILED
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """A command that has ended, in whatever way: all that is printed, sent or kept is read from here."""
+
+    command: str
+    run_id: str
+    report: Report
+    rto: Rto | None
+    steps: tuple[Step, ...]
+    elapsed_s: float
+    emergency: bool
+    options: Mapping[str, Any]
+    sentry_event_id: str | None = None
+
+    @property
+    def exit_code(self) -> int:
+        """The process's exit code."""
+        return self.report.exit_code
+
+    def envelope(self) -> dict[str, Any]:
+        """The one JSON document of `--json`; keys are only ever added."""
+        report = self.report
+        return {
+            "schema": "opsctl/1",
+            "command": self.command,
+            "run_id": self.run_id,
+            "outcome": report.outcome,
+            "exit_code": report.exit_code,
+            "summary": report.summary,
+            "facts": dict(report.facts),
+            "rows": list(report.rows),
+            "warnings": list(report.warnings),
+            "next": list(report.next_lines),
+            "rto": self.rto,
+            "error": report.failure,
+            "sentry_event_id": self.sentry_event_id,
+        }

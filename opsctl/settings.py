@@ -1,0 +1,243 @@
+"""Settings from the environment and one `.env` file: every variable in one table, each value with its origin.
+
+The environment wins over the file. An empty value counts as not set. A value that makes no sense is named and stops
+the command: the scripts before us read `parseInt(x) || default`, so garbage silently became the default.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from opsctl.errors import SettingsError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+SSL_MODES = ("disable", "allow", "prefer", "require", "verify-ca", "verify-full")
+
+
+def _text(value: str) -> str:
+    return value
+
+
+def _path(value: str) -> Path:
+    path = Path(value).expanduser()
+    if not path.is_absolute():
+        raise ValueError("is not an absolute path")
+    return path
+
+
+def _whole(low: int, high: int) -> Callable[[str], int]:
+    def parse(value: str) -> int:
+        if not re.fullmatch(r"[+-]?[0-9]+", value):
+            raise ValueError("is not a whole number")
+        number = int(value)
+        if not low <= number <= high:
+            raise ValueError(f"is not between {low} and {high}")
+        return number
+
+    return parse
+
+
+def _share(value: str) -> float:
+    if not re.fullmatch(r"[0-9]*\.?[0-9]+", value):
+        raise ValueError("is not a number")
+    number = float(value)
+    if not 0 < number <= 1:
+        raise ValueError("is not a share between 0 and 1")
+    return number
+
+
+def _one_of(*words: str) -> Callable[[str], str]:
+    def parse(value: str) -> str:
+        if value not in words:
+            raise ValueError(f"is not one of {', '.join(words)}")
+        return value
+
+    return parse
+
+
+def _http_address(value: str) -> str:
+    if not re.fullmatch(r"https?://[^\s/]+(/\S*)?", value):
+        raise ValueError("is not an http(s) address")
+    return value
+
+
+@dataclass(frozen=True, slots=True)
+class Variable:
+    """One environment variable: how it is read, what it is for, what it is when nobody sets it."""
+
+    name: str
+    parse: Callable[[str], Any]
+    default: Any
+    meaning: str
+    example: str = ""
+    secret: bool = False
+
+
+VARIABLES: tuple[Variable, ...] = (
+    Variable(
+        "DATABASE_URL",
+        _text,
+        None,
+        "Where PostgreSQL is, as a libpq URL. Wins over POSTGRES_*.",
+        "postgresql://user:password@db.example.com:5432/whatsapp?sslmode=verify-full",
+        secret=True,
+    ),
+    Variable("POSTGRES_HOST", _text, None, "Host name, or the folder of a Unix socket.", "db.example.com"),
+    Variable("POSTGRES_PORT", _whole(1, 65535), 5432, "TCP port."),
+    Variable("POSTGRES_DATABASE", _text, None, "Database name.", "whatsapp"),
+    Variable("POSTGRES_USER", _text, None, "Role; SELECT on the two tables is enough to restore.", "opsctl"),
+    Variable("POSTGRES_PASSWORD", _text, None, "Its password.", "password", secret=True),
+    Variable("POSTGRES_SSL_MODE", _one_of(*SSL_MODES), None, f"TLS: {', '.join(SSL_MODES)}.", "verify-full"),
+    Variable("SESSIONS_DIR", _path, None, "Folder of the Baileys session folders (company_<id>).", "/srv/sessions"),
+    Variable("APP_DIR", _path, None, "The service's folder; its owner owns what is restored.", "/srv/app"),
+    Variable("OPSCTL_STATE_DIR", _path, None, "History and alert state. Else $XDG_STATE_HOME/opsctl."),
+    Variable("OPSCTL_ENVIRONMENT", _text, None, "Name of this installation. Else SENTRY_ENVIRONMENT.", "production"),
+    Variable("RTO_TARGET_SECONDS", _whole(1, 86400), 600, "Recovery time objective, in seconds."),
+    Variable("DB_CLEANUP_RETENTION_DAYS", _whole(7, 3650), 30, "Days to keep session keys before cleanup."),
+    Variable("DB_QUERY_LATENCY_THRESHOLD_MS", _whole(1, 600000), 500, "Alert threshold for slow queries, in ms."),
+    Variable("DB_POOL_USAGE_THRESHOLD", _share, 0.8, "Alert when more of the connections are in use."),
+    Variable("CREDENTIALS_CACHE_TTL_MS", _whole(1, 86400000), 300000, "Life of a cached credentials entry, in ms."),
+    Variable(
+        "SENTRY_DSN",
+        _http_address,
+        None,
+        "Error tracking (Sentry or GlitchTip). Without it nothing is sent.",
+        "https://key@sentry.example.com/1",
+        secret=True,
+    ),
+    Variable("SENTRY_ENVIRONMENT", _text, "production", "Environment that failures are reported under."),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """One effective value. `origin` is `environment`, the file's path, or `default`."""
+
+    variable: Variable
+    value: Any
+    origin: str
+    problem: str | None = None
+
+    def shown(self) -> str:
+        """The value as it may be printed: secrets never are."""
+        if self.value is None:
+            return ""
+        return "********" if self.variable.secret else str(self.value)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The effective settings of one run."""
+
+    all: Mapping[str, Setting] = field(repr=False)
+    env_file: Path | None
+
+    def __getitem__(self, name: str) -> Any:  # noqa: ANN401 - each variable has its own type
+        return self.all[name].value
+
+    @property
+    def problems(self) -> tuple[str, ...]:
+        """A sentence per variable that makes no sense."""
+        return tuple(s.problem for s in self.all.values() if s.problem)
+
+    def require_sound(self) -> None:
+        """Raises `SettingsError` naming every variable that makes no sense."""
+        if self.problems:
+            raise SettingsError("; ".join(self.problems), hint="opsctl config show")
+
+    @property
+    def sessions_dir(self) -> Path:
+        """SESSIONS_DIR, else APP_DIR/baileys_sessions; raises `SettingsError` naming both."""
+        if self["SESSIONS_DIR"]:
+            return Path(self["SESSIONS_DIR"])
+        if self["APP_DIR"]:
+            return Path(self["APP_DIR"]) / "baileys_sessions"
+        raise SettingsError("neither SESSIONS_DIR nor APP_DIR is set", hint="set one of them, or pass --to DIR")
+
+    @property
+    def environment(self) -> str:
+        """The installation's name: a folder of another environment is never written over."""
+        return str(self["OPSCTL_ENVIRONMENT"] or self["SENTRY_ENVIRONMENT"])
+
+    @property
+    def state_dir(self) -> Path:
+        """OPSCTL_STATE_DIR, else $XDG_STATE_HOME/opsctl, else ~/.local/state/opsctl."""
+        if self["OPSCTL_STATE_DIR"]:
+            return Path(self["OPSCTL_STATE_DIR"])
+        xdg = os.environ.get("XDG_STATE_HOME", "")
+        return (Path(xdg) if xdg.startswith("/") else Path.home() / ".local" / "state") / "opsctl"
+
+    def secrets(self) -> tuple[str, ...]:
+        """Every secret value, and the password inside a connection string, for whoever scrubs text."""
+        found = [str(s.value) for s in self.all.values() if s.variable.secret and s.value]
+        inside = [m[1] for value in found if (m := re.search(r"://[^:@/]*:(.+)@", value))]
+        return tuple(sorted({*found, *inside}, key=len, reverse=True))
+
+
+def load(env_file: Path | None = None, environ: Mapping[str, str] | None = None) -> Settings:
+    """Read the settings. `env_file` must exist when given; otherwise OPSCTL_ENV_FILE, then `./.env` where it exists.
+
+    Values that make no sense are kept as problems, so that `config show` can print them all; every other command calls
+    `require_sound`.
+    """
+    environ = os.environ if environ is None else environ
+    named = env_file or (Path(environ["OPSCTL_ENV_FILE"]) if environ.get("OPSCTL_ENV_FILE") else None)
+    path = named or Path(".env")
+    from_file = _read_env_file(path, required=named is not None)
+    settings = {}
+    for variable in VARIABLES:
+        if environ.get(variable.name):
+            settings[variable.name] = _setting(variable, environ[variable.name], "environment")
+        elif from_file.get(variable.name):
+            settings[variable.name] = _setting(variable, from_file[variable.name], str(path))
+        else:
+            settings[variable.name] = Setting(variable, variable.default, "default")
+    return Settings(settings, path if from_file else None)
+
+
+def _setting(variable: Variable, text: str, origin: str) -> Setting:
+    try:
+        return Setting(variable, variable.parse(text.strip()), origin)
+    except ValueError as error:
+        shown = "" if variable.secret else f" ({text.strip()[:60]!r})"
+        return Setting(variable, variable.default, origin, f"{variable.name}{shown} {error}")
+
+
+def _read_env_file(path: Path, *, required: bool) -> dict[str, str]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        if required:
+            raise SettingsError(f"the settings file {path} does not exist", hint="check --env-file") from None
+        return {}
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise SettingsError(f"the settings file {path} cannot be read: {reason}", hint="check --env-file") from None
+    import io
+
+    from dotenv import dotenv_values
+
+    # Without interpolation: a `$` in a password is a `$`, also inside single quotes.
+    values = dotenv_values(stream=io.StringIO(text), interpolate=False)
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def env_example() -> str:
+    """The text of `.env.example`: every variable, documented; nothing secret has a default."""
+    lines = ["# Settings of opsctl. All are optional; the environment wins over this file.", ""]
+    for variable in VARIABLES:
+        lines.append(f"# {variable.meaning}")
+        value = variable.example or ("" if variable.default is None else str(variable.default))
+        lines += [f"#{variable.name}={value}", ""]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.stdout.write(env_example())

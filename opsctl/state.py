@@ -1,0 +1,78 @@
+"""The state folder: the history of runs and what was alerted when. A folder that cannot be written stops nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import orjson
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+HISTORY_LIMIT_BYTES = 4 * 1024 * 1024
+
+
+class State:
+    """Small files below one folder (0700, files 0600). Writers swallow `OSError`: an emergency goes on without them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def problem(self) -> str | None:
+        """Why the folder cannot be written, or None."""
+        try:
+            self._make()
+            probe = self.folder / f".probe-{os.getpid()}"
+            probe.touch(0o600)
+            probe.unlink()
+        except OSError as error:
+            return f"{self.folder}: {error.strerror}"
+        return None
+
+    def _make(self) -> None:
+        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+
+    def append(self, name: str, entry: dict[str, Any]) -> None:
+        """Add one JSON line to `<name>.jsonl`; a file that has grown large is started anew beside its predecessor."""
+        with contextlib.suppress(OSError):
+            self._make()
+            path = self.folder / f"{name}.jsonl"
+            if path.exists() and path.stat().st_size > HISTORY_LIMIT_BYTES:
+                path.replace(self.folder / f"{name}.old.jsonl")
+            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+            with open(descriptor, "wb") as file:  # noqa: PTH123 - a descriptor has no Path
+                file.write(orjson.dumps(entry, default=str) + b"\n")
+
+    def entries(self, name: str) -> Iterator[dict[str, Any]]:
+        """The JSON lines of `<name>.jsonl`, oldest first; a torn line costs itself only."""
+        for path in (self.folder / f"{name}.old.jsonl", self.folder / f"{name}.jsonl"):
+            try:
+                lines = path.read_bytes().splitlines()
+            except OSError:
+                continue
+            for line in lines:
+                with contextlib.suppress(orjson.JSONDecodeError):
+                    entry = orjson.loads(line)
+                    if isinstance(entry, dict):
+                        yield entry
+
+    def first_in(self, name: str, seconds: float) -> bool:
+        """Whether `name` was not seen in the last `seconds`; remembers that it was seen now.
+
+        Where nothing can be written the answer is yes: an alert too many beats one that is missing.
+        """
+        path = self.folder / "seen" / name
+        with contextlib.suppress(OSError):
+            age = time.time() - path.stat().st_mtime
+            if 0 <= age < seconds:
+                return False
+        with contextlib.suppress(OSError):
+            self._make()
+            path.parent.mkdir(mode=0o700, exist_ok=True)
+            path.touch(0o600)
+            os.utime(path)
+        return True
