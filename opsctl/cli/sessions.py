@@ -1,0 +1,5 @@
+"""The `opsctl sessions` commands."""
+
+import typer
+
+app = typer.Typer(help="Baileys session folders: restore, verify, list, undo.")
