@@ -63,7 +63,7 @@ def _hash_to_scalar(*parts: bytes) -> int:
 
 
 def edwards_public(public: bytes) -> bytes | None:
-    """The Edwards y of a 32-byte Montgomery public key, sign bit 0: y = (u-1)/(u+1). None for u = -1, which has none."""
+    """The Edwards y of a 32-byte Montgomery public key, sign bit 0: (u-1)/(u+1). None for u = -1, which has none."""
     u = int.from_bytes(public, "little") & (2**255 - 1)  # RFC 7748 section 5: the top bit of u is ignored
     if (u + 1) % _P == 0:
         return None
