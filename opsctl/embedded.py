@@ -124,6 +124,7 @@ class EmbeddedServer:
         self.password = secrets.token_urlsafe(24) if tcp else None
         self._account = account
         self._process: subprocess.Popen[bytes] | None = None
+        self._guard: subprocess.Popen[bytes] | None = None
 
     @property
     def pid(self) -> int:
@@ -230,27 +231,46 @@ class EmbeddedServer:
 
     def freeze(self) -> None:
         """Halt every process of the server: the kernel still accepts connections, and nobody answers them."""
-        os.kill(self.pid, signal.SIGSTOP)
-        # Only a postmaster that has really stopped has no new children.
-        os.waitid(os.P_PID, self.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
-        _signal(self._children(), signal.SIGSTOP)
+        self.thaw()
+        frozen = self._halt()
+        # Halted, they would not heed our death either. The guard waits for the end of a pipe whose other end we hold.
+        self._guard = subprocess.Popen(
+            ["/bin/sh", "-c", 'read -r _; kill -KILL "$@"', "sh", *map(str, frozen)],
+            stdin=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            cwd="/",
+            start_new_session=True,
+        )
 
     def thaw(self) -> None:
         """Let a frozen server go on; one that is not frozen does not notice."""
+        if self._guard is not None:
+            self._guard.kill()
+            self._guard.communicate()
+            self._guard = None
         _signal([*self._children(), self.pid], signal.SIGCONT)
 
     def kill(self) -> None:
         """Kill every process of the server at once, as a power failure would; restart() recovers what was durable."""
         if self._process is None:
             return
-        self.freeze()
-        shared_memory, children = self._shared_memory(), self._children()
-        _signal([self.pid, *children], signal.SIGKILL)
+        self.thaw()
+        processes, shared_memory = self._halt(), self._shared_memory()
+        _signal(processes, signal.SIGKILL)
         self._process.wait(KILL_TIMEOUT_S)
         self._process = None
-        _wait_until_gone(children, KILL_TIMEOUT_S)
+        _wait_until_gone(processes, KILL_TIMEOUT_S)
         if shared_memory is not None:
             ctypes.CDLL(None).shmctl(shared_memory, IPC_RMID, None)
+
+    def _halt(self) -> list[int]:
+        """Stop the postmaster and then its children, and return them all."""
+        _signal([self.pid], signal.SIGSTOP)
+        # Only a postmaster that has really stopped has no new children.
+        os.waitid(os.P_PID, self.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
+        children = self._children()
+        _signal(children, signal.SIGSTOP)
+        return [self.pid, *children]
 
     def _answers(self) -> bool:
         try:
