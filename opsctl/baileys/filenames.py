@@ -29,7 +29,7 @@ _COMPANY_ID = re.compile(r"[A-Za-z0-9_-]{1,50}")
 _COMPANY_PREFIX = "company_"
 
 
-class UnwritableName(ValueError):  # noqa: N818 - it names a thing, and the message says what is wrong with it
+class UnwritableName(ValueError):
     """This key cannot be a file that Baileys would find again."""
 
 

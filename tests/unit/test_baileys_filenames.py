@@ -51,13 +51,12 @@ def test_a_name_that_baileys_gives_reads_back_as_its_type_and_id(key: tuple[str,
 
 @given(st.text(max_size=300), st.text(max_size=300))
 def test_a_key_file_is_one_new_name_in_its_folder_or_refused(key_type: str, key_id: str) -> None:
+    name, refusal = "", ""
     try:
         name = key_file_name(key_type, key_id)
     except UnwritableName as error:
         refusal = str(error)
-    else:
-        refusal = None
-    if refusal is not None:
+    if refusal:
         assert refusal.isprintable()
         assert len(refusal) < 1000
         return
