@@ -11,7 +11,9 @@ class OpsctlError(Exception):
     exit_code = 70
     kind = "bug"
 
-    def __init__(self, message: str, *, hint: str | None = None, kind: str | None = None, runbook: str | None = None):
+    def __init__(
+        self, message: str, *, hint: str | None = None, kind: str | None = None, runbook: str | None = None
+    ) -> None:
         super().__init__(message)
         self.message = message
         self.hint = hint

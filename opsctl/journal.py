@@ -1,4 +1,4 @@
-"""The slow parts of a run, named and timed: what the console prints, Sentry gets as breadcrumbs and the history keeps."""
+"""The slow parts of a run, named and timed: for the console, for Sentry's breadcrumbs, for the history."""
 
 from __future__ import annotations
 

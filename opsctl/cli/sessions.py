@@ -1,5 +1,219 @@
-"""The `opsctl sessions` commands."""
+"""`opsctl sessions ...`: Baileys session folders."""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from opsctl.cli.frame import Companies, DryRun, Invocation, Since, Yes, command
+from opsctl.report import Report
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from opsctl.stores.postgres import Snapshot
+    from opsctl.stores.publishing import Owner
+
 app = typer.Typer(help="Baileys session folders: restore, verify, list, undo.")
+
+To = Annotated[
+    Path | None, typer.Option("--to", metavar="DIR", help="The sessions folder. Else SESSIONS_DIR, else APP_DIR/...")
+]
+
+
+class RestoreSource(StrEnum):
+    """Where sessions can be restored from."""
+
+    AUTO = "auto"
+    DATABASE = "database"
+
+
+class Against(StrEnum):
+    """What folders can be held against."""
+
+    DATABASE = "database"
+
+
+@command(
+    app,
+    "restore",
+    emergency=True,
+    examples=(
+        "opsctl sessions restore --service-stopped         everything, after the service was stopped",
+        "opsctl sessions restore --dry-run                 what would happen, and the space it needs",
+        "opsctl sessions restore --company 962302 --to /srv/sessions",
+        "opsctl sessions restore --service-stopped --discard-changes --yes --json",
+    ),
+)
+def restore(
+    ctx: typer.Context,
+    to: To = None,
+    owner: Annotated[
+        str | None, typer.Option("--owner", metavar="USER", help="Whose files they are. Else the owner of APP_DIR.")
+    ] = None,
+    company: Companies = None,
+    source: Annotated[RestoreSource, typer.Option("--source", help="Where to restore from.")] = RestoreSource.AUTO,
+    service_stopped: Annotated[
+        bool, typer.Option("--service-stopped", help="My word: the service was stopped before this. The copy is fresh.")
+    ] = False,
+    stale: Annotated[
+        bool, typer.Option("--stale", help="Leave out what a stale copy must not hold: sessions, own sender keys.")
+    ] = False,
+    replace: Annotated[
+        bool, typer.Option("--replace", help="Set aside folders that are not opsctl's; asks first.")
+    ] = False,
+    discard_changes: Annotated[
+        bool, typer.Option("--discard-changes", help="Set aside folders written since they were restored; asks first.")
+    ] = False,
+    accept_damaged: Annotated[
+        bool, typer.Option("--accept-damaged", help="Publish companies whose credentials cannot log in.")
+    ] = False,
+    since: Since = None,
+    dry_run: DryRun = False,
+    yes: Yes = False,
+) -> Report:
+    """Bring every session folder back from the best source left, and prove it.
+
+    Reads one snapshot, writes all folders beside the ones in place, syncs, reads every file back, and only then
+    exchanges them, company by company. Killed at any instant, each folder is the old one or the new one, whole.
+    """
+    from opsctl.operations.restore import Wish, preview_restore
+    from opsctl.operations.restore import restore as restore_sessions
+
+    run: Invocation = ctx.obj
+    target = to.absolute() if to else run.settings.sessions_dir
+    wish = Wish(
+        target=target,
+        owner=_owner(run, owner, target),
+        environment=run.settings.environment,
+        run_id=run.run_id,
+        companies=tuple(company or ()),
+        service_stopped=service_stopped,
+        drop_stale=stale,
+        replace_foreign=replace,
+        discard_changes=discard_changes,
+        accept_damaged=accept_damaged,
+    )
+    if dry_run:
+        return preview_restore(_database(run), wish, journal=run.journal, remaining=run.deadline.remaining)
+    if replace or discard_changes:
+        run.confirm(f"Set aside what stands in {target} and restore over it?")
+    return restore_sessions(_database(run), wish, journal=run.journal, remaining=run.deadline.remaining)
+
+
+@command(
+    app,
+    "undo",
+    emergency=True,
+    examples=(
+        "opsctl sessions undo --dry-run                    which folders would be exchanged",
+        "opsctl sessions undo --yes                        the last restore; typed again, it is redone",
+        "opsctl sessions undo --company 962302 --yes",
+    ),
+)
+def undo(
+    ctx: typer.Context,
+    to: To = None,
+    run_id: Annotated[str | None, typer.Option("--run", metavar="RUN", help="Undo this restore, not the last.")] = None,
+    company: Companies = None,
+    discard_changes: Annotated[
+        bool, typer.Option("--discard-changes", help="Also folders that were written since they were restored.")
+    ] = False,
+    dry_run: DryRun = False,
+    yes: Yes = False,
+) -> Report:
+    """Exchange the published folders with the ones that the last restore set aside."""
+    from opsctl.operations.undo import UndoWish, preview_undo, undo_restore
+
+    run: Invocation = ctx.obj
+    target = to.absolute() if to else run.settings.sessions_dir
+    wish = UndoWish(run_id, tuple(company or ()), discard_changes, run.settings.environment)
+    owner = _owner(run, None, target)
+    if dry_run:
+        return preview_undo(target, owner, wish, this_run=run.run_id)
+    run.confirm(f"Exchange the folders in {target} with the ones set aside?")
+    with run.journal.step("exchange"):
+        return undo_restore(target, owner, wish, this_run=run.run_id)
+
+
+@command(
+    app,
+    "verify",
+    examples=(
+        "opsctl sessions verify /srv/sessions              every company below it",
+        "opsctl sessions verify /srv/sessions/company_962302",
+        "opsctl sessions verify /srv/sessions --against database",
+    ),
+)
+def verify(
+    ctx: typer.Context,
+    folder: Annotated[
+        Path | None, typer.Argument(metavar="DIR", help="A sessions folder or one company's. Else SESSIONS_DIR.")
+    ] = None,
+    company: Companies = None,
+    against: Annotated[
+        Against | None, typer.Option("--against", help="Also compare every file with its row in the database.")
+    ] = None,
+) -> Report:
+    """Will these sessions load and log in? Offline, every file and every key pair.
+
+    What no check here can prove is that WhatsApp has not removed the device.
+    """
+    from opsctl.operations.verify import verify_against, verify_folders
+
+    run: Invocation = ctx.obj
+    target = folder.absolute() if folder else run.settings.sessions_dir
+    companies = tuple(company or ())
+    if against is None:
+        return verify_folders(target, companies=companies, journal=run.journal)
+    return verify_against(_database(run), target, companies=companies, journal=run.journal)
+
+
+@command(
+    app,
+    "list",
+    examples=(
+        "opsctl sessions list                              every company, in the database and as folders",
+        "opsctl sessions list --company 962302 --json",
+    ),
+)
+def list_(ctx: typer.Context, to: To = None, company: Companies = None) -> Report:
+    """Per company: keys by type, the newest change, which sources hold it and how old they are."""
+    from opsctl.operations.inventory import list_sessions
+
+    run: Invocation = ctx.obj
+    target = to.absolute() if to else run.settings.sessions_dir
+    return list_sessions(_database(run), target, companies=tuple(company or ()), journal=run.journal)
+
+
+def _owner(run: Invocation, name: str | None, target: Path) -> "Owner":
+    """--owner, else the owner of APP_DIR, else of the folder as it stands, else whoever runs this."""
+    from opsctl.errors import SettingsError
+    from opsctl.stores.publishing import Owner
+
+    if name is not None:
+        return Owner.named(name)
+    app_dir = run.settings["APP_DIR"]
+    if app_dir is not None:
+        if not app_dir.is_dir():
+            raise SettingsError(f"APP_DIR ({app_dir}) is not a folder", hint="correct it, or pass --owner USER")
+        return Owner.of(app_dir)
+    return Owner.of(target) if target.is_dir() else Owner.current()
+
+
+def _database(run: Invocation) -> "Callable[[], AbstractContextManager[Snapshot]]":
+    """Opens one snapshot of the database under the run's deadline, when called."""
+    from opsctl import db
+    from opsctl.stores.postgres import snapshot
+
+    address = db.address(run.settings)
+
+    @contextmanager
+    def open_snapshot() -> Iterator["Snapshot"]:
+        with db.connect(address, run.deadline.remaining()) as connection, snapshot(connection) as opened:
+            yield opened
+
+    return open_snapshot

@@ -1,0 +1,244 @@
+"""The door to PostgreSQL: addresses, connections under a wall clock, and errors without secrets.
+
+No server setting bounds a step: a server that is frozen after accepting answers neither statement_timeout nor TCP
+keepalives, so every wait here ends by our own clock. What psycopg says is never repeated: its errors quote rows, and
+those about connection strings quote passwords. Only the server's primary message and SQLSTATE pass.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+import time
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, TypeVar
+from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
+
+import psycopg
+from psycopg import conninfo, waiting
+from psycopg.rows import class_row
+
+from opsctl.errors import DatabaseUnavailable, SettingsError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
+    from typing import LiteralString
+
+    from psycopg.abc import PQGen
+
+    from opsctl.settings import Settings
+
+T = TypeVar("T")
+
+STALL_S = 10.0
+"""A server that says nothing for this long, in the middle of a step, counts as frozen."""
+CONNECT_S = 5.0
+"""All attempts to connect together."""
+ATTEMPTS = 3
+RETRY_WAITS_S = (0.1, 0.2, 0.4)
+_INTERVAL_S = 0.1
+
+# Parameters that other PostgreSQL clients put into DATABASE_URL and libpq does not know.
+_FOREIGN_PARAMETERS = frozenset({"pgbouncer", "connection_limit", "pool_timeout", "schema", "statement_cache_size"})
+
+_ENCODE = "percent-encode / @ : ? # in its password"
+
+_TRANSIENT_SQLSTATES = frozenset({"08006", "08003", "57P03"})
+
+# libpq reports a failed connection as text only. (kind, transient, pattern), the first that fits.
+_CONNECTION_FAILURES: tuple[tuple[str, bool, re.Pattern[str]], ...] = tuple(
+    (kind, transient, re.compile(pattern, re.IGNORECASE))
+    for kind, transient, pattern in (
+        ("authentication", False, r"password authentication failed|no password supplied|authentication failed"),
+        ("authentication", False, r"pg_hba|role .* does not exist|is not permitted to log in"),
+        ("missing-database", False, r"database .* does not exist"),
+        ("too-many-clients", False, r"too many clients|remaining connection slots|too many connections"),
+        ("starting", True, r"the database system is (starting up|shutting down|in recovery mode|not yet accepting)"),
+        ("tls", False, r"SSL|certificate|TLS"),
+        ("name-not-found", True, r"could not translate host name|Name or service not known|name resolution"),
+        ("refused", True, r"Connection refused|No such file or directory"),
+        ("timeout", True, r"timed out|timeout expired|No route to host|Network is unreachable"),
+        ("reset", True, r"server closed the connection|Connection reset|Broken pipe"),
+    )
+)
+_SENTENCES = {
+    "authentication": "the server does not accept the role or its password",
+    "missing-database": "the server has no database of that name",
+    "too-many-clients": "the server has no free connection",
+    "starting": "the server is starting up or shutting down",
+    "tls": "TLS with the server failed",
+    "name-not-found": "the host name is not found",
+    "refused": "the connection is refused",
+    "timeout": "the server cannot be reached in time",
+    "reset": "the server closed the connection",
+}
+
+
+class Connection(psycopg.Connection[Any]):
+    """A connection whose every wait ends at `give_up_at` (monotonic seconds) or after `STALL_S` of silence."""
+
+    give_up_at: float = float("inf")
+
+    def wait(self, gen: PQGen[Any], interval: float = _INTERVAL_S, timeout: float | None = None) -> Any:  # noqa: ANN401
+        """Wait as psycopg does, but bounded, and without its cancel on Ctrl-C (a frozen server would hold that)."""
+        bound = min(STALL_S, self.give_up_at - time.monotonic())
+        if timeout is not None:
+            bound = min(bound, timeout)
+        try:
+            return waiting.wait(gen, self.pgconn.socket, interval=interval, timeout=max(bound, 0.001))
+        except psycopg.errors._WaitTimeout:  # noqa: SLF001 - what waiting.wait documents to raise
+            self.pgconn.finish()
+            raise DatabaseUnavailable(
+                "PostgreSQL stopped answering in the middle of a step", kind="frozen", hint="opsctl triage"
+            ) from None
+
+
+def address(settings: Settings) -> dict[str, Any]:
+    """libpq parameters from DATABASE_URL, else POSTGRES_*. Raises `SettingsError` that names the variable only."""
+    if settings["DATABASE_URL"]:
+        parameters = _parsed("DATABASE_URL", str(settings["DATABASE_URL"]))
+    elif settings["POSTGRES_HOST"] or settings["POSTGRES_DATABASE"]:
+        parameters = {
+            "host": settings["POSTGRES_HOST"],
+            "port": settings["POSTGRES_PORT"],
+            "dbname": settings["POSTGRES_DATABASE"],
+            "user": settings["POSTGRES_USER"],
+            "password": settings["POSTGRES_PASSWORD"],
+            "sslmode": settings["POSTGRES_SSL_MODE"],
+        }
+        parameters = {name: value for name, value in parameters.items() if value is not None}
+    else:
+        raise SettingsError(
+            "no database address is set", hint="set DATABASE_URL or POSTGRES_HOST and POSTGRES_DATABASE"
+        )
+    ports = str(parameters.get("port", "5432")).split(",")
+    if not all(port.isdigit() and 0 < int(port) < 65536 for port in ports):
+        # A `/` in a password that is not percent-encoded parses, and puts the password's start into the port.
+        raise SettingsError("DATABASE_URL has a port that is no number", hint=_ENCODE)
+    if "@" in str(parameters.get("host", "")).lstrip("@"):
+        raise SettingsError("DATABASE_URL has a host name with an @ in it", hint=_ENCODE)
+    return {**parameters, "application_name": "opsctl", "client_encoding": "UTF8"}
+
+
+def _parsed(variable: str, text: str) -> dict[str, Any]:
+    try:
+        return conninfo.conninfo_to_dict(_for_libpq(text))
+    except (psycopg.Error, ValueError):  # the message quotes the password
+        raise SettingsError(
+            f"{variable} is not a connection string", hint="postgresql://USER:PASSWORD@HOST:PORT/DATABASE"
+        ) from None
+
+
+def _for_libpq(url: str) -> str:
+    """The service's own DATABASE_URL as libpq takes it: parameters of Node clients are dropped or translated."""
+    if "://" not in url or "?" not in url:
+        return url
+    parts = urlsplit(url)
+    query = [(name, value) for name, value in parse_qsl(parts.query, keep_blank_values=True)]
+    kept = [(n, "require" if (n, v) == ("sslmode", "no-verify") else v) for n, v in query]
+    kept = [(n, v) for n, v in kept if n not in _FOREIGN_PARAMETERS]
+    return url if kept == query else urlunsplit(parts._replace(query=urlencode(kept)))
+
+
+def place(parameters: Mapping[str, Any]) -> str:
+    """`host:port/database` for people; never the user's password."""
+    return f"{parameters.get('host', 'local socket')}:{parameters.get('port', 5432)}/{parameters.get('dbname', '')}"
+
+
+@contextmanager
+def connect(parameters: Mapping[str, Any], remaining_s: float | None) -> Iterator[Connection]:
+    """A connection that gives up when `remaining_s` are over. Transient failures are tried three times.
+
+    Raises `DatabaseUnavailable`, also for errors of statements inside the block.
+    """
+    give_up_at = time.monotonic() + (float("inf") if remaining_s is None else remaining_s)
+    connection = _connect_with_retry(parameters, min(give_up_at, time.monotonic() + CONNECT_S))
+    connection.give_up_at = give_up_at
+    try:
+        yield connection
+    except psycopg.Error as error:
+        raise translated(error) from None
+    finally:
+        connection.pgconn.finish()  # never waits, unlike a rollback on a frozen server
+
+
+def _connect_with_retry(parameters: Mapping[str, Any], give_up_at: float) -> Connection:
+    import tenacity
+
+    def wait(state: tenacity.RetryCallState) -> float:
+        return RETRY_WAITS_S[min(state.attempt_number, len(RETRY_WAITS_S)) - 1]
+
+    retrying = tenacity.Retrying(
+        stop=lambda state: state.attempt_number >= ATTEMPTS or time.monotonic() >= give_up_at,
+        wait=wait,
+        retry=tenacity.retry_if_exception(lambda e: isinstance(e, DatabaseUnavailable) and e.transient),
+        reraise=True,
+    )
+    return retrying(_connect_once, parameters, give_up_at)
+
+
+def _connect_once(parameters: Mapping[str, Any], give_up_at: float) -> Connection:
+    """Connect in a thread, because the resolver of the C library cannot be interrupted by any clock of ours."""
+    results: list[Connection | psycopg.Error] = []
+    abandoned = threading.Event()
+    done = threading.Event()
+
+    def work() -> None:
+        try:
+            connection = Connection.connect(
+                "", autocommit=True, prepare_threshold=None, connect_timeout=int(CONNECT_S) + 1, **parameters
+            )
+        except psycopg.Error as error:
+            results.append(error)
+        else:
+            if abandoned.is_set():
+                connection.pgconn.finish()
+            results.append(connection)
+        done.set()
+
+    threading.Thread(target=work, name="connect", daemon=True).start()
+    if not done.wait(max(0.0, give_up_at - time.monotonic())):
+        abandoned.set()
+        raise DatabaseUnavailable(
+            f"PostgreSQL at {place(parameters)} did not answer within {CONNECT_S:g} s",
+            kind="frozen",
+            hint="opsctl triage",
+        )
+    if isinstance(results[0], psycopg.Error):
+        raise _connection_failure(results[0], parameters)
+    return results[0]
+
+
+def _connection_failure(error: psycopg.Error, parameters: Mapping[str, Any]) -> DatabaseUnavailable:
+    text = str(error)
+    where = f"PostgreSQL at {place(parameters)}"
+    for kind, transient, pattern in _CONNECTION_FAILURES:
+        if pattern.search(text):
+            return DatabaseUnavailable(f"{where}: {_SENTENCES[kind]}", kind=kind, transient=transient)
+    return DatabaseUnavailable(f"{where} cannot be used")
+
+
+def translated(error: psycopg.Error) -> DatabaseUnavailable:
+    """A failed statement in words that hold no row and no password."""
+    state, primary = error.sqlstate, error.diag.message_primary
+    if state is None:
+        return DatabaseUnavailable(
+            "the connection to PostgreSQL broke in the middle of a step", kind="reset", transient=True
+        )
+    kind = {"42P01": "missing-table", "42703": "missing-column", "42501": "permission", "55P03": "locked"}.get(
+        state, "corrupt" if state.startswith("XX") else "statement-failed"
+    )
+    return DatabaseUnavailable(
+        f"PostgreSQL says: {primary} (SQLSTATE {state})", kind=kind, transient=state in _TRANSIENT_SQLSTATES
+    )
+
+
+def rows(
+    connection: Connection,
+    statement: LiteralString,
+    into: Callable[..., T],
+    **values: Any,  # noqa: ANN401
+) -> list[T]:
+    """Run one query; its columns are the fields of `into`."""
+    with connection.cursor(row_factory=class_row(into)) as cursor:  # type: ignore[arg-type]
+        return cursor.execute(statement, values).fetchall()

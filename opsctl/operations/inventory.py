@@ -1,0 +1,147 @@
+"""Which companies there are, which sources hold them, and how old each is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING
+
+from opsctl.baileys.filenames import CREDS_FILE, UnwritableName, folder_name
+from opsctl.errors import DatabaseUnavailable, Refused
+from opsctl.report import Column, Failure, Report
+from opsctl.stores.folder import OPSCTL_FOLDER, opened, origin_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from contextlib import AbstractContextManager
+    from pathlib import Path
+
+    from opsctl.journal import Journal
+    from opsctl.stores.postgres import Snapshot
+
+
+@dataclass(frozen=True, slots=True)
+class SessionRow:
+    """One company. Ages are in seconds; `database` and `folder` say in a word how that source has it."""
+
+    company: str
+    keys: int = 0
+    keys_by_type: dict[str, int] = field(default_factory=dict)
+    pre_keys: int = 0
+    sessions: int = 0
+    newest_change: str | None = None
+    newest_age: str | None = None
+    database: str = "no"
+    folder: str = "no"
+    folder_age: str | None = None
+
+
+_COLUMNS = (
+    Column("Company", "company"),
+    Column("Keys", "keys", numeric=True),
+    Column("Pre-key", "pre_keys", numeric=True),
+    Column("Session", "sessions", numeric=True),
+    Column("Changed", "newest_age", numeric=True),
+    Column("Database", "database"),
+    Column("Folder", "folder"),
+    Column("Its age", "folder_age", numeric=True),
+)
+
+
+def list_sessions(
+    open_snapshot: Callable[[], AbstractContextManager[Snapshot]],
+    target: Path,
+    *,
+    companies: tuple[str, ...],
+    journal: Journal,
+    now: datetime | None = None,
+) -> Report:
+    """Every company that the database or the sessions folder knows. A database that is gone is said, with exit 1."""
+    moment = now or datetime.now(UTC)
+    failure = None
+    rows: dict[str, SessionRow] = {}
+    try:
+        with journal.step("ask the database"), open_snapshot() as snapshot:
+            rows = _from_database(snapshot, moment)
+    except DatabaseUnavailable as error:
+        failure = Failure(error.kind, f"the database cannot be read: {error.message}", "opsctl sessions restore")
+    _add_folders(rows, target, moment)
+    if companies:
+        unknown = sorted(set(companies) - rows.keys())
+        if unknown and failure is None:
+            raise Refused(f"no source holds {', '.join(map(ascii, unknown))}", kind="unknown-company")
+        rows = {company: row for company, row in rows.items() if company in companies}
+    ordered = [rows[company] for company in sorted(rows)]
+    return Report(
+        summary=f"{len(ordered)} companies, {sum(row.keys for row in ordered):,} keys in the database; "
+        f"folders in {target}",
+        rows=ordered,
+        columns=_COLUMNS,
+        facts={"target": str(target)},
+        details=[f"{r.company}: {', '.join(f'{n} {t}' for t, n in r.keys_by_type.items())}" for r in ordered],
+        exit_code=1 if failure else 0,
+        failure=failure,
+    )
+
+
+def _from_database(snapshot: Snapshot, now: datetime) -> dict[str, SessionRow]:
+    counts: dict[str, dict[str, int]] = {}
+    for count in snapshot.key_counts():
+        counts.setdefault(count.company_id, {})[count.key_type] = count.key_count
+    rows = {}
+    for tenant in snapshot.tenants():
+        by_type = counts.get(tenant.company_id, {})
+        rows[tenant.company_id] = SessionRow(
+            company=tenant.company_id,
+            keys=tenant.key_count,
+            keys_by_type=by_type,
+            pre_keys=by_type.get("pre-key", 0),
+            sessions=by_type.get("session", 0),
+            newest_change=tenant.newest_at,
+            newest_age=_age(tenant.newest_at, now),
+            database="yes" if tenant.has_creds else "no creds",
+        )
+    return rows
+
+
+def _add_folders(rows: dict[str, SessionRow], target: Path, now: datetime) -> None:
+    from dataclasses import replace
+
+    try:
+        with opened(target) as fd:
+            names = sorted(p.name for p in target.iterdir() if p.is_dir() and p.name != OPSCTL_FOLDER)
+            origins = {}
+            for name in names:
+                with opened(name, dir_fd=fd) as folder:
+                    origins[name] = origin_of(folder)
+    except OSError:
+        return
+    by_folder = {_folder(company): company for company in rows}
+    for name in names:
+        origin = origins[name]
+        company = by_folder.get(name) or (origin.company_id if origin else name.removeprefix("company_"))
+        has_creds = (target / name / CREDS_FILE).exists()
+        kind = "no creds" if not has_creds else "restored" if origin else "foreign"
+        row = rows.get(company, SessionRow(company))
+        rows[company] = replace(row, folder=kind, folder_age=_age(origin.snapshot_at, now) if origin else None)
+
+
+def _folder(company: str) -> str | None:
+    try:
+        return folder_name(company)
+    except UnwritableName:
+        return None
+
+
+def _age(moment: str | None, now: datetime) -> str | None:
+    """`5 s`, `12 min`, `3 h`, `40 d` since PostgreSQL's text of a time."""
+    if moment is None:
+        return None
+    try:
+        seconds = (now - datetime.fromisoformat(moment)).total_seconds()
+    except ValueError:  # `infinity`, or a year that Python has not
+        return moment
+    for size, unit in ((86400, "d"), (3600, "h"), (60, "min")):
+        if abs(seconds) >= 2 * size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{seconds:.0f} s"

@@ -1,0 +1,127 @@
+"""Baileys session folders: reading them, and telling what somebody else has written into one of ours.
+
+Everything goes through directory descriptors and O_NOFOLLOW: a folder that the service's user owns can be rearranged
+under us at any moment, and we may be root.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from contextlib import contextmanager
+from dataclasses import dataclass
+from enum import StrEnum
+from hashlib import sha256
+from typing import TYPE_CHECKING
+
+from opsctl.baileys.filenames import MANIFEST_FILE, is_ignored
+from opsctl.stores.records import FileEntry, ManifestDamaged, Origin, read_manifest
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+OPSCTL_FOLDER = ".opsctl"
+"""Below a sessions folder: staging, what was set aside, the lock's holder. The service loads no such name."""
+
+_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
+_CHUNK = 1024 * 1024
+
+
+@contextmanager
+def opened(path: str | Path, *, dir_fd: int | None = None) -> Iterator[int]:
+    """A descriptor of a folder that is no symbolic link."""
+    descriptor = os.open(path, _DIRECTORY, dir_fd=dir_fd)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def read_file(folder_fd: int, name: str) -> bytes:
+    """A regular file's bytes. Raises OSError, also for what is no regular file (ELOOP, EINVAL)."""
+    descriptor = os.open(name, _FILE, dir_fd=folder_fd)
+    try:
+        data = os.read(descriptor, _CHUNK)
+        if len(data) < _CHUNK and data:
+            return data
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "not a regular file")
+        parts = [data]
+        while part := os.read(descriptor, _CHUNK):
+            parts.append(part)
+        return b"".join(parts)
+    finally:
+        os.close(descriptor)
+
+
+def origin_of(folder_fd: int) -> Origin | None:
+    """The origin that the folder's manifest states; None where it has no readable manifest of ours."""
+    try:
+        with _manifest(folder_fd) as (origin, _):
+            return origin
+    except (FileNotFoundError, ManifestDamaged):
+        return None
+
+
+def entries_of(folder_fd: int) -> Iterator[tuple[str, FileEntry]]:
+    """The files that the manifest lists, lazily. Raises `ManifestDamaged` or OSError."""
+    with _manifest(folder_fd) as (_, entries):
+        yield from entries
+
+
+@contextmanager
+def _manifest(folder_fd: int) -> Iterator[tuple[Origin, Iterator[tuple[str, FileEntry]]]]:
+    descriptor = os.open(MANIFEST_FILE, _FILE, dir_fd=folder_fd)
+    with open(descriptor, "rb") as file:  # noqa: PTH123 - a descriptor has no Path
+        yield read_manifest(file)
+
+
+class Holding(StrEnum):
+    """What stands where a company's folder goes."""
+
+    NOTHING = "nothing"
+    OURS = "ours"
+    """As its manifest says, to the byte."""
+    LIVE = "live"
+    """Ours, and written since: it may hold the only copy of a ratchet."""
+    FOREIGN = "foreign"
+    """Without a manifest of ours, or of another environment or company."""
+
+
+@dataclass(frozen=True, slots=True)
+class Contents:
+    """A folder against its own manifest. The names are bounded samples; the counts are whole."""
+
+    holding: Holding
+    origin: Origin | None
+    digests: dict[str, str]
+    changed: tuple[str, ...] = ()
+    missing: tuple[str, ...] = ()
+    added: tuple[str, ...] = ()
+
+
+def contents(folder_fd: int, *, company_id: str | None, environment: str) -> Contents:
+    """Read every file of a company's folder and hold it against its manifest. Without `company_id` any company's."""
+    found = {name: _digest(folder_fd, name) for name in os.listdir(folder_fd) if not is_ignored(name)}
+    try:
+        origin = origin_of(folder_fd)
+        if origin is None or origin.environment != environment or company_id not in {None, origin.company_id}:
+            return Contents(Holding.FOREIGN, origin, found)
+        expected = {name: entry.sha256 for name, entry in entries_of(folder_fd)}
+    except ManifestDamaged:
+        return Contents(Holding.FOREIGN, None, found)
+    changed = tuple(sorted(n for n in found.keys() & expected.keys() if found[n] != expected[n]))
+    missing = tuple(sorted(expected.keys() - found.keys()))
+    added = tuple(sorted(found.keys() - expected.keys()))
+    holding = Holding.LIVE if changed or missing or added else Holding.OURS
+    return Contents(holding, origin, found, changed, missing, added)
+
+
+def _digest(folder_fd: int, name: str) -> str:
+    try:
+        return sha256(read_file(folder_fd, name)).hexdigest()
+    except OSError as error:
+        return f"unreadable: {error.strerror}"

@@ -1,0 +1,172 @@
+"""`whatsapp_auth` and `whatsapp_keys`: one connection, one snapshot, keys streamed.
+
+One connection is all that an emergency may have left ("too many clients"), and a transaction is all that a pooler keeps
+together, so everything is read inside one REPEATABLE READ transaction and nothing needs the session around it.
+"""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import psycopg
+
+from opsctl import db
+from opsctl.errors import DatabaseUnavailable
+from opsctl.queries import query
+from opsctl.stores.records import Record
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from psycopg.abc import Buffer
+
+
+@dataclass(frozen=True, slots=True)
+class Server:
+    """Which server a snapshot is of. `system_identifier` and `timeline` are None where the role may not look."""
+
+    system_identifier: str | None
+    timeline: int | None
+    in_recovery: bool
+    server_version: int
+    snapshot_at: str
+    busy_since: str
+    """15 minutes before the snapshot, in the same form as a record's times."""
+    backend_pid: int
+
+
+@dataclass(frozen=True, slots=True)
+class Tenant:
+    """One company as the database has it."""
+
+    company_id: str
+    has_creds: bool
+    key_count: int
+    newest_at: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class KeyCount:
+    """How many keys of one type a company has."""
+
+    company_id: str
+    key_type: str
+    key_count: int
+    newest_at: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Creds:
+    """One company's row of `whatsapp_auth`: JSON text."""
+
+    creds: str
+    updated_at: str | None
+
+
+class Snapshot:
+    """All companies at one instant. Made by `snapshot`."""
+
+    def __init__(self, connection: db.Connection, server: Server) -> None:
+        self._connection = connection
+        self.server = server
+
+    @property
+    def pooled(self) -> bool:
+        """Whether a pooler sits in between: the process it says we talk to is not the one that answers."""
+        return self._connection.pgconn.backend_pid != self.server.backend_pid
+
+    def tenants(self) -> list[Tenant]:
+        """Every company that has credentials or keys, by id."""
+        with _translating():
+            return db.rows(self._connection, query("list_companies"), Tenant)
+
+    def key_counts(self) -> list[KeyCount]:
+        """Keys per company and type."""
+        with _translating():
+            return db.rows(self._connection, query("count_keys"), KeyCount)
+
+    @contextmanager
+    def company(self) -> Iterator[None]:
+        """Around the reading of one company: damage that the server reports in it does not end the snapshot."""
+        self._connection.execute("SAVEPOINT company")
+        try:
+            yield
+        except DatabaseUnavailable as error:
+            if error.kind != "corrupt":
+                raise
+            self._connection.execute("ROLLBACK TO SAVEPOINT company")
+            raise
+        self._connection.execute("RELEASE SAVEPOINT company")
+
+    def creds(self, company_id: str) -> Creds | None:
+        """The company's credentials, or None."""
+        with _translating():
+            found = db.rows(self._connection, query("read_creds"), Creds, company_id=company_id)
+        return found[0] if found else None
+
+    def key_rows(self, company_id: str) -> Iterator[Buffer]:
+        """The company's keys as lines of COPY's text format (`parse_row` reads them), in no order."""
+        with (
+            _translating(),
+            self._connection.cursor() as cursor,
+            cursor.copy(query("copy_keys"), {"company_id": company_id}) as copy,
+        ):
+            yield from copy
+
+
+@contextmanager
+def snapshot(connection: db.Connection) -> Iterator[Snapshot]:
+    """One read-only REPEATABLE READ transaction on `connection`."""
+    with _translating():
+        connection.execute("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY")
+        connection.execute(query("prepare_snapshot"))
+        (server,) = db.rows(connection, query("describe_server"), Server)
+    yield Snapshot(connection, server)
+    # No COMMIT: nothing was written, and closing the connection ends the transaction without waiting for an answer.
+
+
+@contextmanager
+def _translating() -> Iterator[None]:
+    try:
+        yield
+    except psycopg.Error as error:
+        raise db.translated(error) from None
+
+
+_ESCAPES = {b"b": b"\b", b"f": b"\f", b"n": b"\n", b"r": b"\r", b"t": b"\t", b"v": b"\v"}
+
+
+def parse_row(line: bytes) -> Record:
+    r"""One line of COPY's text format (PostgreSQL manual, COPY, "Text Format") as a record.
+
+    >>> parse_row(b'pre-key\t5\t{"a": "\\\\n"}\t2026-01-31 03:04:05+00\t\\N\n')
+    Record(key_type='pre-key', key_id='5', value=b'{"a": "\\n"}', updated_at='2026-01-31 03:04:05+00', expires_at=None)
+    """
+    key_type, key_id, value, updated_at, expires_at = line[:-1].split(b"\t")
+    if b"\\" in line:
+        if b"\\" in key_id or b"\\" in key_type:
+            key_type, key_id = _unescaped(key_type), _unescaped(key_id)
+        # JSON text has no raw control characters, so doubled backslashes are all that COPY makes of it.
+        value = value.replace(b"\\\\", b"\\")
+        return Record(
+            key_type.decode(),
+            key_id.decode(),
+            value,
+            None if updated_at == b"\\N" else updated_at.decode(),
+            None if expires_at == b"\\N" else expires_at.decode(),
+        )
+    return Record(key_type.decode(), key_id.decode(), value, updated_at.decode(), expires_at.decode())
+
+
+def _unescaped(field: bytes) -> bytes:
+    parts = field.split(b"\\")
+    out = [parts[0]]
+    rest = iter(parts[1:])
+    for part in rest:
+        if part == b"":  # a doubled backslash: what follows it is plain
+            out.append(b"\\" + next(rest, b""))
+        else:
+            out.append(_ESCAPES.get(part[:1], part[:1]) + part[1:])
+    return b"".join(out)

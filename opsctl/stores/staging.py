@@ -1,0 +1,233 @@
+"""Writing one company's folder: every value normalised, owner-only, creds.json last, a manifest of all of it.
+
+Nothing here is visible to the service: `opsctl.stores.publishing` exchanges the finished folder with the one in place.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from dataclasses import dataclass, field, replace
+from hashlib import sha256
+
+import orjson
+
+from opsctl.baileys import buffers, credentials, key_types
+from opsctl.baileys.filenames import CREDS_FILE, MANIFEST_FILE, UnwritableName, key_file_name
+from opsctl.stores.folder import entries_of, read_file
+from opsctl.stores.records import CREDS_TYPE, FileEntry, Origin, Record, entry_json, manifest_lines
+
+_CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+_EXAMPLES = 3
+_BLOCK = 4096
+
+
+@dataclass(slots=True)
+class Warnings:
+    """Warnings by what is wrong, with a few examples each: hostile data must not fill memory or the screen."""
+
+    counts: Counter[str] = field(default_factory=Counter)
+    examples: dict[str, list[str]] = field(default_factory=dict)
+
+    def add(self, what: str, example: str | None = None) -> None:
+        self.counts[what] += 1
+        if example is not None:
+            shown = self.examples.setdefault(what, [])
+            if len(shown) < _EXAMPLES:
+                shown.append(example[:80])
+
+    def sentences(self) -> tuple[str, ...]:
+        """One sentence per kind: `3 x pre-key: no private key (pre-key-5, pre-key-6, pre-key-7)`."""
+        return tuple(
+            (f"{count} x {what}" if count > 1 else what) + (f" ({', '.join(shown)})" if shown else "")
+            for what, count in self.counts.items()
+            for shown in [self.examples.get(what, [])]
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """What a writer needs to know of a company before its first key."""
+
+    folder: str
+    creds: bytes
+    creds_updated_at: str | None
+    origin: Origin
+    busy_since: str
+    """Sessions written after this moment count as busy chats: those a stale copy may hurt."""
+    fresh: bool
+    drop_stale: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Staged:
+    """One company's folder, written or only computed."""
+
+    company_id: str
+    folder: str
+    keys_by_type: dict[str, int]
+    size_bytes: int
+    allocated_bytes: int
+    busy_chats: int
+    dropped_keys: int
+    left_out: tuple[str, ...]
+    warnings: tuple[str, ...]
+    unusable: tuple[str, ...]
+    """Why the credentials cannot log in; not empty means: not published without `--accept-damaged`."""
+    registered: bool
+
+    @property
+    def key_count(self) -> int:
+        return sum(self.keys_by_type.values())
+
+
+class CompanyWriter:
+    """Writes the files of one company into an empty folder; with `folder_fd=None` it only computes them.
+
+    `add` each record, then `finish`. Memory grows by about 300 bytes per key: the manifest, kept until the end because
+    of two rows that want one file the newer wins.
+    """
+
+    def __init__(self, order: Order, folder_fd: int | None) -> None:
+        self._order = order
+        self._fd = folder_fd
+        self._entries: dict[str, bytes] = {}
+        self._updated: dict[str, str] = {}
+        self._counts: Counter[str] = Counter()
+        self._warnings = Warnings()
+        self._left_out: list[str] = []
+        self._left_out_count = 0
+        self._size = self._allocated = self._busy = self._dropped = 0
+        normalised = buffers.normalise(order.creds)
+        self._creds_form = normalised.form
+        self._examined = credentials.examine(normalised.data)
+        self._creds = normalised.data
+        self._summary = credentials.KeySummary()
+        self.digests: dict[str, str] = {}
+
+    def add(self, record: Record) -> None:
+        """Write one key. A bad value is written as it is and warned of; what cannot be a file is left out, listed."""
+        key_type, key_id, value, updated_at, expires_at = record
+        if key_type == "session" and updated_at is not None and updated_at > self._order.busy_since:
+            self._busy += 1
+        if self._order.drop_stale and self._is_dropped(key_type, key_id):
+            self._dropped += 1
+            return
+        try:
+            name = key_file_name(key_type, key_id)
+        except UnwritableName as error:
+            self._leave_out(str(error))
+            return
+        normalised = buffers.normalise(value)
+        data = normalised.data
+        problem = normalised.problem or key_types.shape_problem(key_type, data)
+        if problem is not None:
+            self._warnings.add(f"{key_type}: {problem}", name.removesuffix(".json"))
+        if name in self._entries and not self._is_newer(name, record):
+            return
+        digest = sha256(data).hexdigest()
+        if self._fd is not None:
+            descriptor = os.open(name, _CREATE, 0o600, dir_fd=self._fd)
+            try:
+                _write_all(descriptor, data)
+            finally:
+                os.close(descriptor)
+        self._note(name, FileEntry(key_type, key_id, digest, normalised.form, updated_at, expires_at), len(data))
+        self._counts[key_type] += 1
+        self._summary.add(key_type, key_id, data)
+
+    def finish(self) -> Staged:
+        """Write creds.json, then the manifest."""
+        order = self._order
+        findings = self._examined.findings
+        unusable = tuple(f.message for f in findings if f.severity is credentials.Severity.UNUSABLE)
+        creds = self._creds
+        if not unusable:
+            creds = credentials.with_pre_key_ids_raised(
+                creds, highest_pre_key_id=self._summary.highest_pre_key_id, fresh=order.fresh
+            )
+            # What the raised ids mend is not worth a warning.
+            findings += credentials.consistency(credentials.examine(creds), self._summary)
+        for finding in findings:
+            if finding.severity is not credentials.Severity.UNUSABLE:
+                self._warnings.add(f"{CREDS_TYPE}: {finding.message}")
+        digest = sha256(creds).hexdigest()
+        entry = FileEntry(CREDS_TYPE, "", digest, self._creds_form, order.creds_updated_at, None)
+        self._note(CREDS_FILE, entry, len(creds))
+        if self._fd is not None:
+            self._write_manifest()
+            descriptor = os.open(CREDS_FILE, _CREATE, 0o600, dir_fd=self._fd)
+            try:
+                _write_all(descriptor, creds)
+            finally:
+                os.close(descriptor)
+        return Staged(
+            company_id=order.origin.company_id,
+            folder=order.folder,
+            keys_by_type=dict(sorted(self._counts.items())),
+            size_bytes=self._size,
+            allocated_bytes=self._allocated,
+            busy_chats=self._busy,
+            dropped_keys=self._dropped,
+            left_out=tuple(self._left_out),
+            warnings=self._warnings.sentences(),
+            unusable=unusable,
+            registered=self._examined.registered,
+        )
+
+    def _note(self, name: str, entry: FileEntry, size: int) -> None:
+        self._entries[name] = entry_json(entry)
+        self._updated[name] = entry.updated_at or ""
+        self._size += size
+        self._allocated += -(-size // _BLOCK) * _BLOCK
+        if self._fd is None:
+            self.digests[name] = entry.sha256
+
+    def _is_dropped(self, key_type: str, key_id: str) -> bool:
+        if key_type == "sender-key":
+            return key_types.is_own_sender_key(key_id, self._examined.me_id, self._examined.me_lid)
+        return key_type in key_types.DROPPED_WHEN_STALE
+
+    def _is_newer(self, name: str, record: Record) -> bool:
+        """Two rows want one file. Says whether the second one is newer, and has removed the first if so."""
+        older = orjson.loads(self._entries[name])
+        newer = (record.updated_at or "") > self._updated[name]
+        loser = (older["type"], older["id"]) if newer else (record.key_type, record.key_id)
+        self._leave_out(f"{loser[0]} {loser[1][:60]!a} is older and would share the file {name[:60]!a}")
+        if newer:
+            self._counts[older["type"]] -= 1
+            if self._fd is not None:
+                os.unlink(name, dir_fd=self._fd)
+        return newer
+
+    def _leave_out(self, why: str) -> None:
+        self._left_out_count += 1
+        if len(self._left_out) < _EXAMPLES * 10:
+            self._left_out.append(why)
+        self._warnings.add("left out, because it cannot be a file of its own", why)
+
+    def _write_manifest(self) -> None:
+        me_id = self._examined.me_id
+        origin = replace(self._order.origin, me_sha256=credentials.me_fingerprint(me_id) if me_id else None)
+        descriptor = os.open(MANIFEST_FILE, _CREATE, 0o600, dir_fd=self._fd)
+        with open(descriptor, "wb", buffering=256 * 1024) as file:  # noqa: PTH123 - a descriptor has no Path
+            file.writelines(manifest_lines(origin, self._entries.items()))
+
+
+def _write_all(descriptor: int, data: bytes) -> None:
+    written = os.write(descriptor, data)
+    while written < len(data):
+        written += os.write(descriptor, data[written:])
+
+
+def read_back(folder_fd: int) -> tuple[dict[str, str], str | None]:
+    """Read every file of a staged folder and hold it against its manifest: the digests, and what differs or None."""
+    digests: dict[str, str] = {}
+    damage = None
+    for name, entry in entries_of(folder_fd):
+        digests[name] = sha256(read_file(folder_fd, name)).hexdigest()
+        if digests[name] != entry.sha256:
+            damage = f"{name!a} reads back differently from what was written"
+    if len(os.listdir(folder_fd)) != len(digests) + 1:  # the manifest itself
+        damage = "the folder holds a file that its manifest does not know"
+    return digests, damage
