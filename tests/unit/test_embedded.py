@@ -20,7 +20,7 @@ from opsctl.embedded import EmbeddedServerError, embedded_server
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from conftest import Database
+    from tests.conftest import Database
 
 REPOSITORY = Path(embedded.__file__).parents[1]
 AS_ROOT = os.geteuid() == 0
