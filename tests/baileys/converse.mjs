@@ -10,7 +10,7 @@
 //     --live                             keep what Baileys writes: the folder is the service's from now on
 //     --save-state FILE                  the state afterwards; without --live the folders become copies older than it
 // Folders and state are only read otherwise, so one state can be gone on from many times.
-import { readdirSync, statSync } from 'node:fs'
+import { existsSync, readdirSync } from 'node:fs'
 import { join } from 'node:path'
 import { isDeepStrictEqual, parseArgs } from 'node:util'
 import { loadBaileys, makeDevice, makePeer, preKeyBundle, uploadPreKeys } from './baileys.mjs'
@@ -131,7 +131,8 @@ async function newPreKey(account) {
 async function goOnWithCompany(baileys, company, { root, live, mayHeal, raisedBy }) {
 	const { company_id, ledger, peers, conversations, groups, uploaded } = company
 	const folder = join(root, folderOf(company_id))
-	if (!statSync(folder, { throwIfNoEntry: false })) return { company_id, ok: false, mismatches: [], conversations: [], error: 'no folder' }
+	// Baileys would make the folder, and a new identity in it.
+	if (!existsSync(folder)) return { company_id, ok: false, mismatches: [], conversations: [], error: 'no folder' }
 	const { state, saveCreds } = await baileys.useMultiFileAuthState(folder)
 	const mismatches = await findMismatches(folder, state, ledger, raisedBy)
 	const account = makeDevice(baileys, state.creds, keep(ledger, state.keys, live), uploaded)

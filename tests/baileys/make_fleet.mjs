@@ -104,7 +104,9 @@ async function holdBack(account, accountJid, peer) {
 /** Baileys 7.0.0-rc14 can never read a group message that was overtaken, restored or not: there, nothing overtakes it. */
 async function holdBackInGroup(account, group, author) {
 	const { ciphertext, data } = await write(author, group, Buffer.from('held back'))
-	if (account.baileys.version === 6) await readInGroup(account, group, author.jid, await write(author, group, Buffer.from('overtakes')))
+	if (account.baileys.version === 6) {
+		await readInGroup(account, group, author.jid, await write(author, group, Buffer.from('overtakes')))
+	}
 	return { author: author.jid, ciphertext, data }
 }
 
@@ -196,7 +198,8 @@ async function makeCompany(baileys, { index, form, preKeyCount }) {
 	}
 
 	ledger.saveCreds(creds)
-	return { company_id: COMPANY_IDS[index] ?? String(962302 + index), form, ledger, uploaded: account.uploaded, conversations, groups, peers }
+	const company_id = COMPANY_IDS[index] ?? String(962302 + index)
+	return { company_id, form, ledger, uploaded: account.uploaded, conversations, groups, peers }
 }
 
 async function writeFolder(baileys, root, { company_id, ledger }) {

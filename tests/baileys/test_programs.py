@@ -137,3 +137,22 @@ def test_a_copy_that_is_older_than_its_peers_is_found_and_heals(fleet: Fleet, ro
     raise_next_pre_key_id(root / "company_acme-berlin" / "creds.json", to=1061)
     report = converse(root, later, companies=only, may_heal=True)
     assert report.ok, report
+
+
+def test_without_sessions_and_own_sender_keys_an_old_copy_loses_no_message(
+    fleet: Fleet, root: Path, tmp_path: Path
+) -> None:
+    only = ["acme-berlin"]
+    converse(root, fleet, companies=only, save_state=tmp_path / "after.json")
+    later = load_fleet(tmp_path / "after.json")
+    as_it_is = converse(root, later, companies=only, may_heal=True)
+    assert sum(c.lost for c in as_it_is.conversations) > 0
+
+    folder = root / "company_acme-berlin"
+    for pattern in ("session-*", "sender-key-memory-*", "sender-key-*--491510000002--5.json", "sender-key-*_1--5.json"):
+        for file in folder.glob(pattern):
+            file.unlink()
+    raise_next_pre_key_id(folder / "creds.json", to=1061)
+    stale = converse(root, later, companies=only, may_heal=True)
+    assert stale.ok, stale
+    assert sum(c.lost for c in stale.conversations) == 0
