@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import orjson
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
 HISTORY_LIMIT_BYTES = 4 * 1024 * 1024
 
@@ -43,9 +43,11 @@ class State:
             path = self.folder / f"{name}.jsonl"
             if path.exists() and path.stat().st_size > HISTORY_LIMIT_BYTES:
                 path.replace(self.folder / f"{name}.old.jsonl")
-            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-            with open(descriptor, "wb") as file:  # noqa: PTH123 - a descriptor has no Path
-                file.write(orjson.dumps(entry, default=str) + b"\n")
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+            with open(descriptor, "r+b", buffering=0) as file:  # noqa: PTH123 - a descriptor has no Path
+                size = os.fstat(descriptor).st_size
+                torn = size > 0 and os.pread(descriptor, 1, size - 1) != b"\n"  # by a full disk, or a kill
+                file.write(b"\n" * torn + orjson.dumps(entry, default=str) + b"\n")
 
     def entries(self, name: str) -> Iterator[dict[str, Any]]:
         """The JSON lines of `<name>.jsonl`, oldest first; a torn line costs itself only."""

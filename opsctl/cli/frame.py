@@ -7,16 +7,18 @@
 from __future__ import annotations
 
 import inspect
+import io
 import os
 import secrets
 import signal
 import sys
 import time
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from functools import cached_property, wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TextIO, get_type_hints
 
 import typer
 
@@ -25,14 +27,37 @@ from opsctl.journal import Journal, Silent, Watcher
 from opsctl.report import Ending, Failure, Report, Rto
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
     from types import FrameType
 
     from opsctl.settings import Settings
 
 EMERGENCY_DEADLINE_S = 60.0
+SHORTEST_DEADLINE_S, LONGEST_DEADLINE_S = 0.1, 86400.0
 BACKSTOP_S = 3.0
 """How long after its deadline a command that does not look at the clock itself is interrupted."""
+
+
+def _seconds(text: str) -> float:
+    with suppress(ValueError):
+        if SHORTEST_DEADLINE_S <= (seconds := float(text)) <= LONGEST_DEADLINE_S:  # which nan is not
+            return seconds
+    raise typer.BadParameter(
+        f"{text!r} is not a number of seconds from {SHORTEST_DEADLINE_S} to {LONGEST_DEADLINE_S:g}"
+    )
+
+
+def _moment(text: str) -> datetime:
+    try:
+        moment = datetime.fromisoformat(text)
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is not a time like 2026-01-31T03:04Z") from None
+    if moment.tzinfo is None:
+        raise typer.BadParameter(f"{text!r} has no time zone; in UTC it is {text}Z")
+    if moment > datetime.now(UTC):
+        raise typer.BadParameter(f"{text!r} is in the future")
+    return moment
+
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing unless something is abnormal.")]
@@ -41,7 +66,8 @@ EnvFile = Annotated[
     Path | None, typer.Option("--env-file", metavar="FILE", help="Read settings from FILE instead of ./.env.")
 ]
 DeadlineSeconds = Annotated[
-    float | None, typer.Option("--deadline", metavar="SECONDS", min=0.1, help="Give up after this many seconds.")
+    float | None,
+    typer.Option("--deadline", metavar="SECONDS", parser=_seconds, help="Give up after this many seconds."),
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Show what would be done and change nothing.")]
 Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
@@ -53,7 +79,7 @@ Since = Annotated[
     typer.Option(
         "--since",
         metavar="TIME",
-        formats=["%Y-%m-%dT%H:%M:%SZ", "%Y-%m-%dT%H:%MZ", "%Y-%m-%dT%H:%M:%S%z", "%Y-%m-%dT%H:%M%z"],
+        parser=_moment,
         help="Count the RTO from this moment (2026-01-31T03:04Z) instead of from this process's start.",
     ),
 ]
@@ -78,6 +104,17 @@ class Deadline:
     def remaining(self) -> float | None:
         """Seconds left, at least 0; None where there is no deadline."""
         return None if self.seconds is None else max(0.0, self._started + self.seconds - self._clock())
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """While a person is asked: thinking does not use the deadline up."""
+        asked = self._clock()
+        backstop, _ = signal.setitimer(signal.ITIMER_REAL, 0)
+        try:
+            yield
+        finally:
+            self._started += self._clock() - asked
+            signal.setitimer(signal.ITIMER_REAL, backstop)
 
 
 @dataclass
@@ -115,8 +152,15 @@ class Invocation:
             return
         if self.json or not (sys.stdin.isatty() and sys.stderr.isatty()):
             raise UsageError(f"this asks before it acts ({question}) and nobody can answer here", hint="add --yes")
-        if not typer.confirm(question, err=True):
-            raise Refused("not confirmed", hint="nothing was changed")
+        from opsctl.cli.render import clean
+
+        with self.deadline.paused():
+            # Not typer.confirm: it turns Ctrl-C and SIGTERM into an exception of its own.
+            sys.stderr.write(f"{clean(question)} [y/N] ")
+            sys.stderr.flush()
+            answer = sys.stdin.buffer.readline()
+        if answer.strip().lower() not in {b"y", b"yes"}:
+            raise Refused("not confirmed, so nothing was changed")
 
 
 def command(
@@ -136,7 +180,7 @@ def command(
     """
 
     def register(body: Callable[..., Report]) -> Callable[..., int]:
-        parameters = {n: p for n, p in inspect.signature(body, eval_str=True).parameters.items()}
+        parameters = inspect.signature(body, eval_str=True).parameters
         common = {
             n: inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, annotation=a, default=d)
             for n, (a, d) in _COMMON.items()
@@ -148,7 +192,7 @@ def command(
             seconds = flags.pop("deadline")
             run = Invocation(
                 command=_command_name(ctx),
-                run_id=f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{secrets.token_hex(3)}",
+                run_id=_new_run_id(),
                 deadline=Deadline(deadline_s if seconds is None else seconds),
                 journal=Journal(_watcher(quiet=flags["quiet"] or flags["json"])),
                 yes=bool(given.get("yes", False)),
@@ -156,17 +200,14 @@ def command(
                 **flags,
             )
             ctx.obj = run
-            if "yes" in given and "yes" not in parameters:
-                given.pop("yes")
 
             def work() -> Report:
                 if needs_settings:
                     run.settings.require_sound()
                 return body(ctx, **given)
 
-            return _Frame(run, emergency=emergency, reports_failures=reports_failures, since=given.get("since")).run(
-                work
-            )
+            frame = _Frame(run, emergency=emergency, reports_failures=reports_failures, since=given.get("since"))
+            return frame.run(work)
 
         wanted = {**parameters, **common}
         hints = get_type_hints(body, include_extras=True)
@@ -181,6 +222,10 @@ def command(
 
 def _command_name(ctx: typer.Context) -> str:
     return " ".join(ctx.command_path.split()[1:])
+
+
+def _new_run_id() -> str:
+    return f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{secrets.token_hex(3)}"
 
 
 def _watcher(*, quiet: bool) -> Watcher:
@@ -201,17 +246,21 @@ class _Frame:
         self.since = since
 
     def run(self, work: Callable[[], Report]) -> int:
-        with _signals(self.invocation.deadline):
-            report = self._report_of(work)
-        # From here on the answer is known; a signal may still end the process, in the default way.
-        ending = self._ending(report)
-        self._keep(ending)
-        ending = self._alert(ending)
-        return _deliver(ending, self.invocation)
+        ending = self._ending(self._report_of(work))
+        try:
+            self._keep(ending)
+            ending = self._alert(ending)
+        except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - neither may take the answer away
+            _say(f"opsctl: this run could not be recorded: {type(error).__name__}")
+        run = self.invocation
+        return _deliver(ending, json=run.json, quiet=run.quiet, verbose=run.verbose)
 
     def _report_of(self, work: Callable[[], Report]) -> Report:
         try:
-            return work()
+            # Inside the `try`, so that a signal at the last moment is answered too. Afterwards the answer is known,
+            # and a signal ends the process in the default way.
+            with _signals(self.invocation.deadline):
+                return work()
         except OpsctlError as error:
             return _failed(error)
         except Interrupted as error:
@@ -219,24 +268,8 @@ class _Frame:
             return _report(error.exit_code, Failure("interrupted", f"stopped by {name}"))
         except KeyboardInterrupt:
             return _report(130, Failure("interrupted", "stopped by SIGINT"))
-        except BrokenPipeError:
-            return _report(141, Failure("broken-pipe", "nobody reads the output any more"))
-        except Exception as error:  # noqa: BLE001 - the last line of defence: nothing leaves here as a traceback
-            return _report(70, self._bug(error))
-
-    def _bug(self, error: Exception) -> Failure:
-        """A bug's message could hold a row or a password, so only its kind and place are shown."""
-        import traceback
-
-        place = traceback.extract_tb(error.__traceback__)[-1]
-        where = f"{Path(place.filename).name}:{place.lineno} in {place.name}"
-        if os.environ.get("OPSCTL_DEBUG") == "1":
-            sys.stderr.write("".join(traceback.format_tb(error.__traceback__)))
-        return Failure(
-            "bug",
-            f"this is a bug in opsctl: {type(error).__name__} at {where}",
-            hint="report it with the line above; OPSCTL_DEBUG=1 prints where it came through",
-        )
+        except (Exception, SystemExit) as error:  # noqa: BLE001 - the last line of defence: no traceback leaves here
+            return _report(70, _bug(error))
 
     def _ending(self, report: Report) -> Ending:
         run = self.invocation
@@ -293,6 +326,21 @@ class _Frame:
         return replace(ending, sentry_event_id=sentry.report_failure(ending, settings))
 
 
+def _bug(error: BaseException) -> Failure:
+    """A bug's message could hold a row or a password, so only its kind and place are shown."""
+    import traceback
+
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    where = f"{Path(place.filename).name}:{place.lineno} in {place.name}"
+    if os.environ.get("OPSCTL_DEBUG") == "1":
+        _say("".join(traceback.format_tb(error.__traceback__)).rstrip())
+    return Failure(
+        "bug",
+        f"this is a bug in opsctl: {type(error).__name__} at {where}",
+        hint="report it with the line above; OPSCTL_DEBUG=1 prints where it came through",
+    )
+
+
 def _failed(error: OpsctlError) -> Report:
     return _report(error.exit_code, Failure(error.kind, error.message, error.hint, error.runbook))
 
@@ -304,13 +352,16 @@ def _report(exit_code: int, failure: Failure) -> Report:
 def _seconds_since_start(since: datetime | None) -> float:
     """Since the outage where the operator said when it was, else since this process was started (proc_pid_stat(5))."""
     if since is not None:
-        return max(0.0, (datetime.now(UTC) - since.replace(tzinfo=since.tzinfo or UTC)) / timedelta(seconds=1))
+        return (datetime.now(UTC) - since) / timedelta(seconds=1)
     fields = Path("/proc/self/stat").read_text(encoding="ascii", errors="replace").rpartition(")")[2].split()
     return max(0.0, time.clock_gettime(time.CLOCK_BOOTTIME) - int(fields[19]) / os.sysconf("SC_CLK_TCK"))
 
 
 class _signals:  # noqa: N801 - reads as a statement: `with _signals(deadline):`
-    """Turns SIGTERM, SIGHUP and the deadline into exceptions, so that what was staged is cleaned up."""
+    """Turns SIGTERM, SIGHUP and the deadline into exceptions, so that what was staged is cleaned up.
+
+    SIGINT is Python's own KeyboardInterrupt; the second one skips the cleaning up, because a person asked twice.
+    """
 
     def __init__(self, deadline: Deadline) -> None:
         self.deadline = deadline
@@ -337,68 +388,109 @@ class _signals:  # noqa: N801 - reads as a statement: `with _signals(deadline):`
         raise SourceUnavailable(f"not done within {self.deadline.seconds:g} s", kind="deadline", hint="opsctl triage")
 
 
-def _deliver(ending: Ending, run: Invocation) -> int:
-    """Print the answer; a reader that went away (`| head`) does not change the exit code."""
+def _deliver(ending: Ending, *, json: bool, quiet: bool, verbose: bool) -> int:
+    """Print the answer and give the exit code, which a reader that went away (`| head`) does not change."""
     from opsctl.cli import render
 
     try:
-        if run.json:
+        if json:
             render.as_json(ending)
         else:
-            render.as_text(ending, quiet=run.quiet, verbose=run.verbose)
+            render.as_text(ending, quiet=quiet, verbose=verbose)
         sys.stdout.flush()
     except BrokenPipeError:
-        _close_stdout()
+        _discard(sys.stdout)
     except OSError as error:
-        _close_stdout()
-        _say(f"opsctl: the answer could not be written: {error.strerror}")
-        return ending.exit_code or 70
+        code = _unwritable(error)
+        return ending.exit_code or code
+    except Exception as error:
+        report = ending.report
+        if not (report.rows or report.facts):
+            raise
+        # A value that cannot be shown is a bug; what was done is told all the same.
+        failure = report.failure or _bug(error)
+        told = replace(report, rows=(), facts={}, exit_code=report.exit_code or 70, failure=failure)
+        return _deliver(replace(ending, report=told), json=json, quiet=quiet, verbose=verbose)
     return ending.exit_code
 
 
-def _close_stdout() -> None:
-    # The interpreter flushes stdout once more at its end; into /dev/null that cannot fail.
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+def _unwritable(error: OSError) -> int:
+    _discard(sys.stdout)
+    _say(f"opsctl: the answer could not be written: {error.strerror}")
+    return 70
+
+
+def _discard(stream: TextIO) -> None:
+    """Let what is left in it go to /dev/null: the interpreter's last flush, if it failed, would end with 120."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _say(line: str) -> None:
-    try:
+    with suppress(OSError):
         sys.stderr.write(line + "\n")
-    except OSError:
-        return
+
+
+def _open_standard_streams() -> None:
+    """A closed stdin, stdout or stderr (`>&-`) becomes /dev/null, else the next file that is opened becomes it.
+
+    Text that stdout's encoding lacks is escaped, as on stderr, instead of raising.
+    """
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(descriptor, True)
+    os.close(descriptor)
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: PTH123, SIM115 - for the whole process
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def main(app: typer.Typer, arguments: Sequence[str] | None = None) -> int:
     """Run the command line and give the exit code. Usage errors speak JSON too where `--json` was typed."""
-    words = list(sys.argv[1:] if arguments is None else arguments)
+    _open_standard_streams()
+    code = _exit_code(app, list(sys.argv[1:] if arguments is None else arguments))
+    try:
+        sys.stderr.flush()
+    except OSError:
+        _discard(sys.stderr)
+    return code
+
+
+def _exit_code(app: typer.Typer, words: list[str]) -> int:
+    as_json = "--json" in words
     try:
         code = app(words, prog_name="opsctl", standalone_mode=False)
+        sys.stdout.flush()
     except typer.TyperException as error:  # what was typed makes no sense
-        return _usage_failed(error, as_json="--json" in words)
-    except typer.Abort:
-        return 130
-    except typer.Exit as error:
-        return error.exit_code
-    except BrokenPipeError:
-        _close_stdout()
+        return _usage_failed(error, as_json=as_json)
+    except (BrokenPipeError, SystemExit):  # Typer makes the first into the second while it prints a help text
+        _discard(sys.stdout)
         return 0
+    except OSError as error:
+        return _unwritable(error)
+    except Exception as error:  # noqa: BLE001 - the last line of defence, outside of a command
+        return _ended_early("opsctl", 70, _bug(error), as_json=as_json)
     return int(code or 0)
 
 
 def _usage_failed(error: typer.TyperException, *, as_json: bool) -> int:
     context = getattr(error, "ctx", None)
-    message = error.format_message().strip()
     path = context.command_path if context else "opsctl"
-    if not as_json:
-        if context is not None and "Usage:" not in message:
-            _say(context.get_usage())
-        _say(message if "Usage:" in message else f"Error: {message}\nTry '{path} --help'.")
-        return 2
-    from opsctl.cli import render
-
-    first = message.splitlines()[0] if "Usage:" not in message else "a command is missing"
-    failure = Failure("usage", first, hint=f"{path} --help")
-    name = " ".join(path.split()[1:])
-    run_id = f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{secrets.token_hex(3)}"
-    render.as_json(Ending(name, run_id, _report(2, failure), None, (), 0.0, emergency=False, options={}))
+    message = error.format_message().strip()
+    if as_json:
+        return _ended_early(path, 2, Failure("usage", message, hint=f"{path} --help"), as_json=True)
+    if context is None:
+        _say(f"Error: {message}\nTry '{path} --help'.")
+    elif message == "Missing command.":
+        _say(context.get_help())
+    else:
+        _say(f"{context.get_usage()}\nError: {message}\nTry '{path} --help'.")
     return 2
+
+
+def _ended_early(path: str, exit_code: int, failure: Failure, *, as_json: bool) -> int:
+    """Answer where no command has begun."""
+    name = " ".join(path.split()[1:])
+    report = _report(exit_code, failure)
+    ending = Ending(name, _new_run_id(), report, None, (), 0.0, emergency=False, options={})
+    return _deliver(ending, json=as_json, quiet=False, verbose=False)

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
+import os
 import re
+import shutil
 import sys
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import orjson
@@ -18,11 +23,13 @@ if TYPE_CHECKING:
 
     from opsctl.report import Ending, Report, Rto
 
-_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
+# C0 and C1 controls, line separators, what is invisible or changes the direction, and lone surrogates: the bytes of a
+# file name that are not UTF-8 (os.fsdecode).
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff\ud800-\udfff]")
 
 
 def clean(text: str) -> str:
-    """Text that cannot disturb a terminal: control and direction-changing characters are shown as escapes.
+    """Text that cannot disturb a terminal or raise on its way there: such characters are shown as escapes.
 
     >>> clean("a\\x1b]0;title")
     'a\\\\x1b]0;title'
@@ -31,37 +38,48 @@ def clean(text: str) -> str:
 
 
 def as_json(ending: Ending) -> None:
-    """Write the envelope and a newline; never wrapped or coloured."""
-    options = orjson.OPT_APPEND_NEWLINE | orjson.OPT_NON_STR_KEYS
-    sys.stdout.write(orjson.dumps(ending.envelope(), default=str, option=options).decode())
+    """Write the envelope and a newline, in UTF-8 whatever the locale; never wrapped or coloured."""
+    envelope = ending.envelope()
+    try:
+        document = orjson.dumps(envelope, default=str, option=orjson.OPT_NON_STR_KEYS)
+    except (
+        TypeError
+    ):  # a lone surrogate or a number above 64 bits, which orjson refuses; as escapes they are valid JSON
+        document = json.dumps(envelope, default=_plain).encode("ascii")
+    sys.stdout.flush()
+    sys.stdout.buffer.write(document + b"\n")
+
+
+def _plain(value: Any) -> Any:  # noqa: ANN401 - whatever a row holds
+    return dataclasses.asdict(value) if dataclasses.is_dataclass(type(value)) else str(value)
 
 
 def as_text(ending: Ending, *, quiet: bool, verbose: bool) -> None:
     """The answer on stdout; what went wrong and what to type then on stderr."""
     report = ending.report
     if quiet:
-        if report.failure or report.warnings or report.exit_code:
+        if report.failure or report.exit_code or report.warnings:
             _complain(ending, one_line=True)
-        return
-    if report.failure and not report.rows and not report.facts:
-        _complain(ending, one_line=False)
         return
     out = _lines(report, verbose=verbose)
     if ending.rto:
         out.append(rto_line(ending.rto))
     if report.next_lines:
-        out += ["", "Next:", *(f"  {line}" for line in report.next_lines)]
-    sys.stdout.write("\n".join(out) + "\n")
-    if report.failure:
+        out += ["", "Next:", *(f"  {clean(line)}" for line in report.next_lines)]
+    try:
+        sys.stdout.write("".join(f"{line}\n" for line in out))
         sys.stdout.flush()
-        _complain(ending, one_line=False)
+    finally:  # also where nobody reads stdout
+        if report.failure:
+            _complain(ending, one_line=False)
 
 
 def _lines(report: Report, *, verbose: bool) -> list[str]:
     out: list[str] = []
     if report.rows and report.columns:
         out += [_drawn(_table(report)).rstrip("\n")]
-    out.append(clean(report.summary))
+    if report.failure is None or report.summary != report.failure.message:  # which stderr says
+        out.append(clean(report.summary))
     out += [f"warning: {clean(warning)}" for warning in report.warnings]
     if verbose:
         out += [f"  {clean(detail)}" for detail in report.details]
@@ -73,16 +91,16 @@ def _complain(ending: Ending, *, one_line: bool) -> None:
     failure = report.failure
     words = failure.message if failure else (report.summary if report.exit_code else "; ".join(report.warnings))
     hint = failure.hint if failure else None
-    lines = [f"opsctl {ending.command}: {clean(words)}" + (f" ({clean(hint)})" if one_line and hint else "")]
+    lines = [
+        f"{f'opsctl {ending.command}'.strip()}: {clean(words)}" + (f" ({clean(hint)})" if one_line and hint else "")
+    ]
     if not one_line:
         if hint:
             lines.append(f"  next: {clean(hint)}")
         if failure and failure.runbook:
             lines.append(f"  runbook: {clean(failure.runbook)}")
-    try:
+    with suppress(OSError):  # where nobody listens any more the exit code still speaks
         sys.stderr.write("\n".join(lines) + "\n")
-    except OSError:
-        return  # nobody listens any more; the exit code still speaks
 
 
 def rto_line(rto: Rto) -> str:
@@ -133,6 +151,7 @@ def _drawn(table: Table) -> str:
     console = Console(
         file=buffer,
         force_terminal=to_terminal,
+        color_system=None if os.environ.get("NO_COLOR") else "auto",
         width=None if to_terminal else 200,
         markup=False,
         highlight=False,
@@ -143,7 +162,10 @@ def _drawn(table: Table) -> str:
 
 
 class StepPrinter(Watcher):
-    """Steps on stderr: each with its seconds as it ends; a bar while one with a total runs on a terminal."""
+    """Steps on stderr: each with its seconds as it ends; a bar while one with a total runs on a terminal.
+
+    A terminal that has gone (EIO after a hang-up) stops nothing: neither a step nor the cleaning up after it.
+    """
 
     def __init__(self) -> None:
         self._bar: Progress | None = None
@@ -161,22 +183,23 @@ class StepPrinter(Watcher):
             columns.append(MofNCompleteColumn())
         self._bar = Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True), transient=True)
         task: TaskID = self._bar.add_task(clean(name), total=total)
-        self._bar.start()
         bar = self._bar
         self._advance = lambda done: bar.update(task, completed=done)
+        with suppress(OSError):
+            self._bar.start()
 
     def step_advanced(self, done: int) -> None:
         """Move the bar to `done`."""
         if self._advance:
-            self._advance(done)
+            with suppress(OSError):
+                self._advance(done)
 
     def step_ended(self, step: Step) -> None:
         """One line per step, with its seconds."""
-        if self._bar:
-            self._bar.stop()
-            self._bar = self._advance = None
+        bar, self._bar, self._advance = self._bar, None, None
         mark = " " if step.ok else "!"
-        try:
-            sys.stderr.write(f"{mark} {clean(step.name):<44} {step.seconds:8.2f} s\n")
-        except OSError:
-            return
+        width = max(8, min(44, shutil.get_terminal_size().columns - 13))
+        with suppress(OSError):
+            if bar:
+                bar.stop()
+            sys.stderr.write(f"{mark} {clean(step.name):<{width}} {step.seconds:8.2f} s\n")

@@ -1,0 +1,39 @@
+"""What a test needs of the machine. A skip made here is listed at the end of `python -m tests`; any other one fails it.
+
+Each function gives a mark: `@needs.root()` above a test, or `pytestmark = [needs.debian("pgbouncer")]` for a module.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+NOT_PROVEN = "not proven here: "
+POSTGRESQL_15 = Path("/usr/lib/postgresql/15/bin")
+"""Where Debian's packages put the major version that production has."""
+
+_PROGRAMS = {"pgbouncer": "pgbouncer", "e2fsprogs": "mkfs.ext4", "tmux": "tmux", "psmisc": "fuser", "cron": "crontab"}
+
+
+def root() -> pytest.MarkDecorator:
+    """The test mounts, changes owners, or drops to another user."""
+    return _mark(os.geteuid() == 0, "what only root can arrange (read-only mounts, other users)")
+
+
+def debian(package: str) -> pytest.MarkDecorator:
+    """The test runs a program of this Debian package."""
+    # A user's PATH has no sbin.
+    found = shutil.which(_PROGRAMS[package], path=f"{os.environ.get('PATH', '')}:/usr/local/sbin:/usr/sbin:/sbin")
+    return _mark(found is not None, f"what needs the Debian package {package}")
+
+
+def postgres15() -> pytest.MarkDecorator:
+    """The test runs the server of `POSTGRESQL_15`; the drill's embedded one is newer."""
+    return _mark((POSTGRESQL_15 / "postgres").exists(), "PostgreSQL 15, production's major version")
+
+
+def _mark(there: bool, what: str) -> pytest.MarkDecorator:
+    return pytest.mark.skipif(not there, reason=NOT_PROVEN + what)
