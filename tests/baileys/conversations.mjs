@@ -96,10 +96,8 @@ export class Direct {
 		const [sent, coming] = [await this.accountEncrypts(ours), await encrypt(this.peer, this.accountJid, theirs)]
 		await this.accountDecrypts(coming, theirs)
 		if (!(await this.peerDecrypts(sent, ours))) await this.toPeer('and again')
-		for (let turn = 0; turn < 2; turn += 1) {
-			for (let i = 0; i < 3; i += 1) await this.toAccount(`turn ${turn}`)
-			for (let i = 0; i < 2; i += 1) await this.toPeer(`turn ${turn}`)
-		}
+		for (const what of ['one', 'two', 'three']) await this.toAccount(what)
+		for (const what of ['four', 'five']) await this.toPeer(what)
 	}
 }
 

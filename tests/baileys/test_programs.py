@@ -120,39 +120,33 @@ def test_a_live_folder_goes_on_from_the_saved_state(fleet: Fleet, root: Path, tm
     assert converse(root, fleet, companies=only, live=True, save_state=tmp_path / "after.json").ok
     report = converse(root, load_fleet(tmp_path / "after.json"), companies=only)
     assert report.ok, report
-    assert not converse(root, fleet, companies=only).ok  # the peers' older state is the stale one now
 
 
-def test_a_copy_that_is_older_than_its_peers_is_found_and_heals(fleet: Fleet, root: Path, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def later(made: tuple[Fleet, Path], tmp_path_factory: pytest.TempPathFactory) -> Fleet:
+    """The same fleet after acme-berlin has talked on, so that the folders are copies older than it."""
+    fleet, folders = made
+    state = tmp_path_factory.mktemp("later") / "state.json"
+    assert converse(folders, fleet, companies=["acme-berlin"], save_state=state).ok
+    return load_fleet(state)
+
+
+def test_a_copy_older_than_its_peers_is_found_loses_messages_and_heals(later: Fleet, root: Path) -> None:
     only = ["acme-berlin"]
-    converse(root, fleet, companies=only, save_state=tmp_path / "after.json")
-    later = load_fleet(tmp_path / "after.json")
     assert not converse(root, later, companies=only).ok
-
     report = converse(root, later, companies=only, may_heal=True)
     *others, new_pre_key = report.conversations
     assert {c.outcome for c in others} == {"continued", "healed"}, report
+    assert sum(c.lost for c in others) > 0
     assert "used again with other keys" in str(new_pre_key.error)  # nextPreKeyId went back with the copy
 
-    raise_next_pre_key_id(root / "company_acme-berlin" / "creds.json", to=1061)
-    report = converse(root, later, companies=only, may_heal=True)
-    assert report.ok, report
 
-
-def test_without_sessions_and_own_sender_keys_an_old_copy_loses_no_message(
-    fleet: Fleet, root: Path, tmp_path: Path
-) -> None:
-    only = ["acme-berlin"]
-    converse(root, fleet, companies=only, save_state=tmp_path / "after.json")
-    later = load_fleet(tmp_path / "after.json")
-    as_it_is = converse(root, later, companies=only, may_heal=True)
-    assert sum(c.lost for c in as_it_is.conversations) > 0
-
+def test_without_sessions_and_own_sender_keys_it_loses_none(later: Fleet, root: Path) -> None:
     folder = root / "company_acme-berlin"
     for pattern in ("session-*", "sender-key-memory-*", "sender-key-*--491510000002--5.json", "sender-key-*_1--5.json"):
         for file in folder.glob(pattern):
             file.unlink()
     raise_next_pre_key_id(folder / "creds.json", to=1061)
-    stale = converse(root, later, companies=only, may_heal=True)
-    assert stale.ok, stale
-    assert sum(c.lost for c in stale.conversations) == 0
+    report = converse(root, later, companies=["acme-berlin"], may_heal=True)
+    assert report.ok, report
+    assert sum(c.lost for c in report.conversations) == 0
