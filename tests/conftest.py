@@ -22,6 +22,7 @@ from psycopg.sql import SQL, Identifier
 import opsctl
 from opsctl.embedded import EmbeddedServer, embedded_server
 from opsctl.operations.fleet import create_schema
+from tests import needs
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -35,8 +36,7 @@ each_postgres = pytest.mark.parametrize("database", [EMBEDDED, DEBIAN], indirect
 
 def debian_postgres_bin() -> Path | None:
     """The programs of Debian's PostgreSQL 15, if they are installed."""
-    folder = Path(f"/usr/lib/postgresql/{DEBIAN}/bin")
-    return folder if (folder / "postgres").exists() else None
+    return needs.POSTGRESQL_15 if (needs.POSTGRESQL_15 / "postgres").exists() else None
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ def postgres_of(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[
         def start(major: int) -> EmbeddedServer:
             bin_dir = None
             if major == DEBIAN and (bin_dir := debian_postgres_bin()) is None:
-                pytest.skip(f"Debian's PostgreSQL {DEBIAN} is not installed")
+                pytest.skip(f"{needs.NOT_PROVEN}PostgreSQL {DEBIAN}, production's major version")
             scratch = tmp_path_factory.mktemp(f"postgres{major}")
             server = running.enter_context(embedded_server(scratch, bin_dir=bin_dir))
             with psycopg.connect(server.conninfo(), autocommit=True) as connection:

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import os
 import shutil
 import signal
 import stat
@@ -16,6 +15,7 @@ import pytest
 
 from opsctl import embedded
 from opsctl.embedded import EmbeddedServerError, embedded_server
+from tests import needs
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from tests.conftest import Database
 
 REPOSITORY = Path(embedded.__file__).parents[1]
-AS_ROOT = os.geteuid() == 0
 
 
 @pytest.fixture
@@ -81,7 +80,7 @@ def test_the_server_starts_answers_and_leaves_nothing_behind(scratch: Path) -> N
     assert list(scratch.iterdir()) == []
 
 
-@pytest.mark.skipif(not AS_ROOT, reason="only root has to become somebody else")
+@needs.root()
 def test_root_runs_it_as_nobody_in_a_private_folder(scratch: Path) -> None:
     before = scratch.stat()
     with embedded_server(scratch) as server:
@@ -218,7 +217,7 @@ def test_sockets_move_where_their_path_would_be_too_long(scratch: Path) -> None:
     assert list(scratch.rglob("*")) == [deep]
 
 
-@pytest.mark.skipif(not AS_ROOT, reason="only root has folders that its server cannot reach")
+@needs.root()
 def test_a_private_folder_of_root_stays_private(scratch: Path) -> None:
     private = scratch / "private"
     private.mkdir(mode=0o700)
@@ -229,7 +228,7 @@ def test_a_private_folder_of_root_stays_private(scratch: Path) -> None:
     assert list(scratch.rglob("*")) == [private]
 
 
-@pytest.mark.skipif(not AS_ROOT, reason="only root has folders that its server cannot reach")
+@needs.root()
 def test_programs_that_nobody_can_reach_are_copied(scratch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with embedded_server(scratch) as server:
         wheel = server.bin_dir.parents[1]
