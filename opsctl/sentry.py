@@ -19,22 +19,24 @@ import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 from urllib.parse import quote, quote_plus, unquote
 
 import opsctl
+from opsctl.errors import SettingsError
 from opsctl.report import Outcome
 from opsctl.state import State
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
-    from pathlib import Path
 
     from opsctl.report import Ending
     from opsctl.settings import Settings
 
-BUDGET_S = 1.9
-"""2 s are promised for all that is sent; the rest pays for loading this module and for the end of the process."""
+BUDGET_S = 1.7
+"""2 s are promised for all that is sent; the rest pays for loading this module and unloading sentry_sdk, on a machine
+that is busy with the emergency itself."""
 COOLDOWN_S = 30 * 60.0
 SPOOL_LIMIT = 50
 """Envelopes kept while the endpoint is away; the oldest go first."""
@@ -56,7 +58,7 @@ def report_failure(ending: Ending, settings: Settings) -> str | None:
     taken: list[str] = []
 
     def work(until: float) -> None:
-        due = _is_due(ending, State(settings.state_dir))
+        due = _is_due(ending, State(_state_folder(settings)))
         _deliver(settings, until, event_of(ending, settings, event_id) if due else None, taken)
 
     _within_budget(work)
@@ -83,6 +85,13 @@ def _within_budget(work: Callable[[float], None]) -> None:
     thread = threading.Thread(target=quietly, name="sentry", daemon=True)
     thread.start()
     thread.join(until - time.monotonic())
+
+
+def _state_folder(settings: Settings) -> Path:
+    try:
+        return settings.state_dir
+    except SettingsError:  # a user without a home
+        return Path(os.devnull) / "opsctl"  # where nothing is ever found or written
 
 
 def _is_due(ending: Ending, state: State) -> bool:
@@ -237,7 +246,7 @@ def _spellings(secret: str) -> Iterator[str]:
 
 def _deliver(settings: Settings, until: float, event: dict[str, Any] | None, taken: list[str]) -> None:
     """Send the event, then the spool, oldest first, up to the first that is not answered; `taken` gets ids."""
-    spool = _Spool(settings.state_dir / "spool")
+    spool = _Spool(_state_folder(settings) / "spool")
 
     def envelopes() -> Iterator[_Envelope]:
         earlier = spool.names()
@@ -343,7 +352,7 @@ class _Spool:
     def names(self) -> list[str]:
         """Oldest first."""
         try:
-            return sorted(name for name in os.listdir(self.folder) if not name.startswith("."))  # noqa: PTH208 - names
+            return sorted(name for name in os.listdir(self.folder) if not name.startswith("."))
         except OSError:
             return []
 
@@ -359,12 +368,12 @@ class _Spool:
             file.write(content)
             file.flush()
             unseen.rename(path)
-            self._drop_the_oldest()
         except OSError:
             held.close()
             with contextlib.suppress(OSError):
                 unseen.unlink(missing_ok=True)
             return _Envelope(event_id, content, None, contextlib.nullcontext())
+        self._drop_the_oldest()
         return _Envelope(event_id, content, path, held)
 
     def claim(self, name: str) -> _Envelope | None:
@@ -380,8 +389,9 @@ class _Spool:
         return _Envelope(name.rpartition("-")[2], file.read(), path, file)
 
     def _drop_the_oldest(self) -> None:
-        for path in sorted(self.folder.iterdir())[:-SPOOL_LIMIT]:
-            path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            for path in sorted(self.folder.iterdir())[:-SPOOL_LIMIT]:
+                path.unlink(missing_ok=True)
 
 
 def _locked(path: Path, flags: int) -> IO[bytes]:
