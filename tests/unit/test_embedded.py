@@ -55,10 +55,13 @@ def alive(pid: int) -> bool:
         return False
 
 
-def kernel_objects() -> tuple[str, list[str]]:
-    """The ids of all System V and POSIX shared memory."""
-    segments = [line.split()[1] for line in Path("/proc/sysvipc/shm").read_text().splitlines()[1:]]
-    return " ".join(sorted(segments)), sorted(path.name for path in Path("/dev/shm").iterdir())
+def shared_memory_of(data_dir: Path) -> str:
+    """The id of the System V segment that locks the data (line 7 of postmaster.pid: key and id)."""
+    return (data_dir / "postmaster.pid").read_text().splitlines()[6].split()[1]
+
+
+def all_shared_memory() -> set[str]:
+    return {line.split()[1] for line in Path("/proc/sysvipc/shm").read_text().splitlines()[1:]}
 
 
 def tree_below(pid: int) -> list[int]:
@@ -154,11 +157,11 @@ def test_killed_it_leaves_no_process_and_no_memory_and_restarts(scratch: Path) -
     with embedded_server(scratch, durable=True) as server:
         with psycopg.connect(server.conninfo()) as connection:
             connection.execute("CREATE TABLE kept ()")
-        processes, segment = tree_below(server.pid), (server.data_dir / "postmaster.pid").read_text().split("\n")[6]
-        assert segment.split()[1] in kernel_objects()[0].split()
+        processes, segment = tree_below(server.pid), shared_memory_of(server.data_dir)
+        assert segment in all_shared_memory()
         server.kill()
         assert not [pid for pid in processes if alive(pid)]
-        assert segment.split()[1] not in kernel_objects()[0].split()
+        assert segment not in all_shared_memory()
         server.restart()
         with psycopg.connect(server.conninfo()) as connection:
             connection.execute("SELECT FROM kept")
@@ -196,15 +199,17 @@ from pathlib import Path
 from opsctl.embedded import embedded_server
 with embedded_server(Path(sys.argv[1])) as server:
     {then}
-    print(server.pid, flush=True)
+    print(server.pid, server.data_dir, flush=True)
     time.sleep(60)
 """
     with subprocess.Popen([sys.executable, "-c", program, scratch], stdout=subprocess.PIPE, cwd=REPOSITORY) as parent:
         assert parent.stdout is not None
-        server = tree_below(int(parent.stdout.readline()))
+        pid, data_dir = parent.stdout.readline().decode().split()
+        server, segment = tree_below(int(pid)), shared_memory_of(Path(data_dir))
         parent.send_signal(signal.SIGKILL)
     assert len(server) > 3
     wait_until_gone(server)
+    assert segment not in all_shared_memory()
 
 
 def test_sockets_move_where_their_path_would_be_too_long(scratch: Path) -> None:
