@@ -331,7 +331,7 @@ def test_no_planted_secret_is_in_any_byte_that_leaves_or_stays(
 def test_a_known_secret_leaves_in_no_spelling(secret: str, before: str, after: str) -> None:
     text = " ".join((secret, quote(secret, safe=""), json.dumps(secret))) if secret.isprintable() else secret
     clean = sentry.scrubbed([before + text + after], [secret.encode(errors="replace").decode()])[0]
-    assert secret not in clean.replace(sentry.MASK, "")
+    assert all(secret not in part for part in clean.split(sentry.MASK))
 
 
 @given(key=st.binary(min_size=32, max_size=99), encode=st.sampled_from([base64.b64encode, base64.urlsafe_b64encode]))
