@@ -15,7 +15,7 @@ from binascii import a2b_base64, b2a_base64
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Final
+from typing import Any, Final
 
 import orjson
 
@@ -54,7 +54,7 @@ _BYTE_OBJECT_KEYS: Final = frozenset({"type", "buffer", "data", "value"})
 _BYTES_AT_ONCE: Final = b'{"data": '
 _AT_ONCE: Final = 32
 # Most rows are pre-keys that the service wrote by JSON.stringify, printed by PostgreSQL. orjson checks what is in the
-# brackets. This takes 0.7 of the time of the walk below.
+# brackets. This takes 0.6 of the time of the walk below.
 _PRE_KEY: Final = re.compile(
     rb'\{"public": \{"data": (\[[0-9, ]*+\]), "type": "Buffer"\}, '
     rb'"private": \{"data": (\[[0-9, ]*+\]), "type": "Buffer"\}\}'
@@ -70,7 +70,7 @@ _KEY_ENCODED_TWICE: Final = re.compile(rb"[A-Za-z0-9+/]{43}[A-Za-z0-9+/=]")
 
 _NOT_JSON: Final = "not valid JSON"
 _TOO_DEEP: Final = "JSON nested too deeply"
-_LOSSY_NUMBER: Final = "a number that JavaScript cannot hold exactly"
+_LOSSY_NUMBER: Final = "a number that would lose digits"
 _NOT_BYTES: Final = "a Buffer object whose data are not bytes"
 
 
@@ -183,10 +183,17 @@ def _walk(value: object, notes: set[str]) -> object:
         return {key: _walk(item, notes) if type(item) in _WALKED else item for key, item in value.items()}
     if type(value) is list:
         return [_walk(item, notes) if type(item) in _WALKED else item for item in value]
-    if type(value) is float and b"." in orjson.dumps(value):
-        notes.add(_FLOAT_NOTE)
-        return int(value) if value.is_integer() and abs(value) < 2**63 else value
+    if type(value) is float:
+        return _number(value, notes)
     return value
+
+
+def _number(value: float, notes: set[str]) -> float:
+    """1 for 1.0: JavaScript does not tell them apart."""
+    if b"." not in orjson.dumps(value):
+        return value
+    notes.add(_FLOAT_NOTE)
+    return int(value) if value.is_integer() and abs(value) < 2**63 else value
 
 
 def _bytes_in(value: dict[str, object], notes: set[str]) -> bytes | None:
@@ -197,7 +204,7 @@ def _bytes_in(value: dict[str, object], notes: set[str]) -> bytes | None:
         if data is None and says_buffer and value.keys() <= _BYTE_OBJECT_KEYS:
             notes.add(_NOT_BYTES)
         return data
-    data = _uint8array(value)
+    data = _uint8array(value, notes)
     if data is not None:
         notes.add(_DIGITS_NOTE)
     return data
@@ -206,10 +213,7 @@ def _bytes_in(value: dict[str, object], notes: set[str]) -> bytes | None:
 def _payload(data: object, notes: set[str]) -> bytes | None:
     if type(data) is list:
         notes.add(_LIST_NOTE)
-        try:
-            return bytes(data)
-        except (TypeError, ValueError):  # an item that is no integer, or none from 0 to 255
-            return None
+        return _bytes_from(data, notes)
     if type(data) is str:
         notes.add(_TEXT_NOTE)
         return _from_base64(data)
@@ -218,13 +222,24 @@ def _payload(data: object, notes: set[str]) -> bytes | None:
     return None
 
 
-def _uint8array(value: dict[str, object]) -> bytes | None:
+def _uint8array(value: dict[str, object], notes: set[str]) -> bytes | None:
     for key in value:
         if not (key.isascii() and key.isdigit()):
             return None
     items = [value[key] for key in sorted(value, key=_as_javascript_counts)]
-    numbers = [item for item in items if type(item) is int and 0 <= item <= 255]  # bool is another type
-    return bytes(numbers) if 0 < len(numbers) == len(items) else None
+    if not items or any(type(item) is bool for item in items):
+        return None
+    return _bytes_from(items, notes)
+
+
+def _bytes_from(items: list[Any], notes: set[str]) -> bytes | None:
+    try:
+        return bytes(items)
+    except ValueError:  # a number that is not from 0 to 255
+        return None
+    except TypeError:
+        numbers = [_number(item, notes) if type(item) is float else item for item in items]
+        return _bytes_from(numbers, notes) if all(type(item) is int for item in numbers) else None
 
 
 def _as_javascript_counts(digits: str) -> tuple[int, str]:
