@@ -26,7 +26,10 @@ def _text(value: str) -> str:
 
 
 def _path(value: str) -> Path:
-    path = Path(value).expanduser()
+    try:
+        path = Path(value).expanduser()
+    except RuntimeError:
+        raise ValueError("is the home of a user that does not exist") from None
     if not path.is_absolute():
         raise ValueError("is not an absolute path")
     return path
@@ -36,7 +39,7 @@ def _whole(low: int, high: int) -> Callable[[str], int]:
     def parse(value: str) -> int:
         if not re.fullmatch(r"[+-]?[0-9]+", value):
             raise ValueError("is not a whole number")
-        number = int(value)
+        number = int(value[:20])  # which is out of any range here; int() refuses thousands of digits
         if not low <= number <= high:
             raise ValueError(f"is not between {low} and {high}")
         return number
@@ -172,7 +175,12 @@ class Settings:
         if self["OPSCTL_STATE_DIR"]:
             return Path(self["OPSCTL_STATE_DIR"])
         xdg = os.environ.get("XDG_STATE_HOME", "")
-        return (Path(xdg) if xdg.startswith("/") else Path.home() / ".local" / "state") / "opsctl"
+        if xdg.startswith("/"):
+            return Path(xdg) / "opsctl"
+        try:
+            return Path.home() / ".local" / "state" / "opsctl"
+        except RuntimeError:
+            raise SettingsError("this user has no home, and OPSCTL_STATE_DIR is not set") from None
 
     def secrets(self) -> tuple[str, ...]:
         """Every secret value, and the password inside a connection string, for whoever scrubs text."""
@@ -193,26 +201,27 @@ def load(env_file: Path | None = None, environ: Mapping[str, str] | None = None)
     from_file = _read_env_file(path, required=named is not None)
     settings = {}
     for variable in VARIABLES:
-        if environ.get(variable.name):
-            settings[variable.name] = _setting(variable, environ[variable.name], "environment")
-        elif from_file.get(variable.name):
-            settings[variable.name] = _setting(variable, from_file[variable.name], str(path))
+        name = variable.name
+        if text := environ.get(name, "").strip():
+            settings[name] = _setting(variable, text, "environment")
+        elif text := from_file.get(name, "").strip():
+            settings[name] = _setting(variable, text, str(path))
         else:
-            settings[variable.name] = Setting(variable, variable.default, "default")
+            settings[name] = Setting(variable, variable.default, "default")
     return Settings(settings, path if from_file else None)
 
 
 def _setting(variable: Variable, text: str, origin: str) -> Setting:
     try:
-        return Setting(variable, variable.parse(text.strip()), origin)
+        return Setting(variable, variable.parse(text), origin)
     except ValueError as error:
-        shown = "" if variable.secret else f" ({text.strip()[:60]!r})"
+        shown = "" if variable.secret else f" ({text[:60]!r})"
         return Setting(variable, variable.default, origin, f"{variable.name}{shown} {error}")
 
 
 def _read_env_file(path: Path, *, required: bool) -> dict[str, str]:
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         if required:
             raise SettingsError(f"the settings file {path} does not exist", hint="check --env-file") from None
@@ -222,11 +231,23 @@ def _read_env_file(path: Path, *, required: bool) -> dict[str, str]:
         raise SettingsError(f"the settings file {path} cannot be read: {reason}", hint="check --env-file") from None
     import io
 
-    from dotenv import dotenv_values
+    from dotenv.parser import parse_stream
 
-    # Without interpolation: a `$` in a password is a `$`, also inside single quotes.
-    values = dotenv_values(stream=io.StringIO(text), interpolate=False)
-    return {name: value for name, value in values.items() if value is not None}
+    # The parser alone, without dotenv's interpolation: a `$` in a password is a `$`, also inside single quotes.
+    values = {}
+    for line in parse_stream(io.StringIO(text)):
+        if line.error:
+            _refuse_torn(line.original.string, line.original.line, path)
+        elif line.key and line.value is not None:
+            values[line.key] = line.value
+    return values
+
+
+def _refuse_torn(line: str, number: int, path: Path) -> None:
+    """Raises `SettingsError` for a line of ours that cannot be read; what other programs write there is theirs."""
+    name = next((v.name for v in VARIABLES if re.match(rf"\s*(export\s+)?{v.name}\b", line)), None)
+    if name:
+        raise SettingsError(f"{name} in line {number} of {path} cannot be read", hint="are its quotes closed?")
 
 
 def env_example() -> str:
