@@ -72,6 +72,8 @@ class Report:
     rto_scope: str | None = None
     """What was reached when the clock stopped: `files` or `connected`; None where there is no target."""
     rto_met: bool | None = None
+    rto_elapsed_s: float | None = None
+    """Where the clock that counts is not this run's own: a drill's restore."""
     companies: Sequence[str] = ()
     """The companies a failure concerns, for the alert's tags."""
 

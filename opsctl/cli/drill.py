@@ -1,5 +1,57 @@
-"""The `opsctl drill` commands."""
+"""`opsctl drill ...`: a whole disaster, rehearsed."""
+
+from pathlib import Path
+from typing import Annotated
 
 import typer
 
+from opsctl.cli.frame import Invocation, command
+from opsctl.report import Report
+
 app = typer.Typer(help="A whole disaster, rehearsed on an embedded PostgreSQL.")
+
+
+@command(
+    app,
+    "run",
+    deadline_s=None,
+    reports_failures=False,
+    needs_settings=False,
+    examples=(
+        "opsctl drill run                                  20 companies x 2,317 keys",
+        "opsctl drill run --companies 3 --keys 200         a quick one",
+        "opsctl drill run --json",
+    ),
+)
+def run(
+    ctx: typer.Context,
+    companies: Annotated[int, typer.Option("--companies", min=1, max=1000, help="How many companies.")] = 20,
+    keys: Annotated[int, typer.Option("--keys", min=40, max=100_000, help="How many keys each.")] = 2317,
+    seed: Annotated[int, typer.Option("--seed", help="The same seed makes the same fleet and the same faults.")] = 1,
+    scratch: Annotated[
+        Path | None, typer.Option("--scratch", metavar="DIR", help="Where to make and remove everything. Else TMPDIR.")
+    ] = None,
+) -> Report:
+    """Seed, break, kill a restore half-way, restore, verify and measure; never touches your database or folders.
+
+    It measures the restore of the files. What it cannot measure, it says.
+    """
+    from opsctl.operations.drill import run_drill
+
+    invocation: Invocation = ctx.obj
+    return run_drill(companies=companies, keys=keys, seed=seed, scratch=scratch, journal=invocation.journal)
+
+
+@command(
+    app, "history", needs_settings=False, examples=("opsctl drill history", "opsctl drill history --last 5 --json")
+)
+def history(
+    ctx: typer.Context,
+    last: Annotated[int, typer.Option("--last", min=1, help="How many drills.")] = 20,
+) -> Report:
+    """How the measured RTO developed, drill by drill."""
+    from opsctl.operations.drill import drill_history
+    from opsctl.state import State
+
+    invocation: Invocation = ctx.obj
+    return drill_history(State(invocation.raw_settings.state_dir).entries("history"), last=last)

@@ -277,8 +277,9 @@ class _Frame:
         rto = None
         if report.rto_scope is not None:
             target_s = float(run.raw_settings["RTO_TARGET_SECONDS"])
-            met = False if elapsed_s > target_s else report.rto_met
-            rto = Rto(target_s, elapsed_s, report.rto_scope, met, run.journal.steps)
+            counted_s = elapsed_s if report.rto_elapsed_s is None else report.rto_elapsed_s
+            met = False if counted_s > target_s else report.rto_met
+            rto = Rto(target_s, counted_s, report.rto_scope, met, run.journal.steps)
         return Ending(
             command=run.command,
             run_id=run.run_id,
@@ -305,6 +306,7 @@ class _Frame:
                 "elapsed_s": ending.elapsed_s,
                 "target_s": ending.rto.target_s,
                 "scope": ending.rto.scope,
+                "facts": dict(ending.report.facts),
                 "met": ending.rto.met,
                 "steps": [[s.name, s.seconds, s.ok] for s in ending.steps],
             },

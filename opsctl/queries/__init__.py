@@ -10,5 +10,5 @@ from typing import LiteralString
 @cache
 def query(name: str) -> LiteralString:
     """The text of `<name>.sql`, which is ours and holds no values."""
-    text: LiteralString = files(__name__).joinpath(f"{name}.sql").read_text(encoding="utf-8")  # type: ignore[assignment] # ours
+    text: LiteralString = files(__name__).joinpath(f"{name}.sql").read_text(encoding="utf-8")
     return text

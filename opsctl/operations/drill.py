@@ -1,0 +1,337 @@
+"""A whole disaster on an embedded PostgreSQL: seed, break, kill a restore half-way, restore, verify, measure.
+
+Nothing of the installation is touched: server, folders, state and settings live in one scratch folder, and the commands
+that run are opsctl's own, as an operator would type them.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import tempfile
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import psycopg
+
+from opsctl import process
+from opsctl.baileys.filenames import CREDS_FILE
+from opsctl.embedded import embedded_server
+from opsctl.operations.fleet import create_schema, seed_fleet
+from opsctl.queries import query
+from opsctl.report import Column, Failure, Report
+from opsctl.stores.folder import OPSCTL_FOLDER, Holding, contents, opened
+from opsctl.stores.publishing import Owner
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from opsctl.embedded import EmbeddedServer
+    from opsctl.journal import Journal
+
+NOT_MEASURED = "detection, decision, the network, the service's start and WhatsApp's login"
+_ENVIRONMENT = "drill"
+_STEP_LIMIT_S = 600.0
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One thing that the drill proves."""
+
+    check: str
+    passed: bool
+    seen: str
+
+    @property
+    def verdict(self) -> str:
+        return "ok" if self.passed else "FAILED"
+
+
+_COLUMNS = (Column("Check", "check"), Column("Verdict", "verdict"), Column("Seen", "seen"))
+
+
+@dataclass(frozen=True, slots=True)
+class _Scene:
+    """Where a drill takes place."""
+
+    sessions: Path
+    owner: Owner
+    environment: dict[str, str]
+
+    def opsctl(self, *words: str) -> process.Finished:
+        return process.run(
+            process.opsctl_words(*words, "--json"), environment=self.environment, timeout_s=_STEP_LIMIT_S
+        )
+
+    def folders(self) -> list[Path]:
+        return sorted(p for p in self.sessions.iterdir() if p.name != OPSCTL_FOLDER)
+
+
+def run_drill(*, companies: int, keys: int, seed: int, scratch: Path | None, journal: Journal) -> Report:
+    """Seed `companies` x `keys`, break, restore and verify. Everything that is made is removed."""
+    checks: list[Check] = []
+    with _scratch_folder(scratch) as folder:
+        with journal.step("start an embedded PostgreSQL"):
+            running = embedded_server(folder)
+            server = running.__enter__()
+        try:
+            elapsed_s = _rehearse(server, folder, checks, companies=companies, keys=keys, seed=seed, journal=journal)
+        finally:
+            running.__exit__(None, None, None)
+    failed = [check for check in checks if not check.passed]
+    failure = None
+    if failed:
+        failure = Failure("drill-failed", "; ".join(f"{check.check}: {check.seen}" for check in failed))
+    return Report(
+        summary=f"{len(checks) - len(failed)} of {len(checks)} checks passed: {companies} companies x {keys:,} keys "
+        f"restored in {elapsed_s:.1f} s. Not measured: {NOT_MEASURED}",
+        rows=checks,
+        columns=_COLUMNS,
+        facts={
+            "companies": companies,
+            "keys_per_company": keys,
+            "restore_s": elapsed_s,
+            "not_measured": NOT_MEASURED,
+            "verdict": "failed" if failed else "passed",
+        },
+        next_lines=["opsctl drill history"],
+        exit_code=1 if failed else 0,
+        failure=failure,
+        rto_scope="files",
+        rto_elapsed_s=elapsed_s,
+        rto_met=False if failed else None,
+    )
+
+
+@contextmanager
+def _scratch_folder(parent: Path | None) -> Iterator[Path]:
+    folder = Path(tempfile.mkdtemp(prefix="opsctl-drill-", dir=parent))
+    folder.chmod(0o711)  # the users of the server and of the folders have to pass; names inside cannot be listed
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder)
+
+
+def _rehearse(
+    server: EmbeddedServer,
+    folder: Path,
+    checks: list[Check],
+    *,
+    companies: int,
+    keys: int,
+    seed: int,
+    journal: Journal,
+) -> float:
+    with journal.step(f"seed {companies} x {keys:,} keys"), psycopg.connect(server.conninfo()) as connection:
+        create_schema(connection)
+        seed_fleet(connection, companies=companies, keys_per_company=keys, seed=seed, key_pair_pool=256)
+    scene = _scene(folder, server)
+    with journal.step("a copy in peacetime"):
+        first = scene.opsctl("sessions", "restore", "--service-stopped")
+        checks.append(_check("a copy into an empty folder", first, f"{companies} of {companies} companies"))
+    with journal.step("the service writes on; folders are torn"):
+        with psycopg.connect(server.conninfo()) as connection:
+            connection.execute(query("drill_writes"))
+            connection.execute(query("drill_deletes").replace("%%", "%"))
+        torn = _tear(scene.folders(), scene.owner)
+    refused = scene.opsctl("sessions", "restore", "--service-stopped", "--dry-run")
+    checks.append(_refusal(refused, torn, companies))
+    with journal.step("a restore that is killed half-way"):
+        checks.append(_killed_half_way(scene, random.Random(seed)))  # noqa: S311 - a moment, not a secret
+    with journal.step("restore"):
+        restored = scene.opsctl("sessions", "restore", *_OVER_EVERYTHING)
+        checks.append(_check("the restore", restored, f"{companies} of {companies} companies"))
+    with journal.step("verify against the database"):
+        verified = scene.opsctl("sessions", "verify", "--against", "database")
+        checks.append(_check("every company loads, logs in and equals the database", verified, f"{companies} of"))
+    with journal.step("owners and modes"):
+        checks.append(_owners(scene))
+    return float((restored.document().get("rto") or {}).get("elapsed_s") or 0.0)
+
+
+_OVER_EVERYTHING = ("--service-stopped", "--replace", "--discard-changes", "--yes")
+
+
+def _scene(folder: Path, server: EmbeddedServer) -> _Scene:
+    """An application folder; as root it belongs to `nobody`, as the service's would to the service's user."""
+    app = folder / "app"
+    app.mkdir(0o755)
+    if os.geteuid() == 0:
+        nobody = Owner.named("nobody")
+        os.chown(app, nobody.uid, nobody.gid)
+    environment = process.bare_environment(
+        APP_DIR=str(app),
+        DATABASE_URL=server.conninfo(),
+        OPSCTL_STATE_DIR=str(folder / "state"),
+        OPSCTL_ENVIRONMENT=_ENVIRONMENT,
+        OPSCTL_ENV_FILE=os.devnull,
+        HOME=str(folder),
+    )
+    return _Scene(app / "baileys_sessions", Owner.of(app), environment)
+
+
+def _check(name: str, finished: process.Finished, expected: str) -> Check:
+    """Passed where opsctl ended with 0 and its summary has what was expected."""
+    document = finished.document()
+    seen = str(document.get("summary") or finished.stderr.strip()[:200] or f"exit {finished.exit_code}")
+    return Check(name, finished.exit_code == 0 and expected in seen, seen)
+
+
+def _tear(folders: list[Path], owner: Owner) -> dict[str, str]:
+    """Break up to five folders, each in another way: what was done, by folder name."""
+    done: dict[str, str] = {}
+    for folder, (what, tear) in zip(folders, _TEARS, strict=False):
+        tear(folder, owner)
+        done[folder.name] = what
+    return done
+
+
+def _truncate_creds(folder: Path, _: Owner) -> None:
+    creds = folder / CREDS_FILE
+    os.truncate(creds, creds.stat().st_size // 2)
+
+
+def _lose_keys(folder: Path, _: Owner) -> None:
+    for path in sorted(folder.glob("session-*.json"))[::2]:
+        path.unlink()
+
+
+def _change_owner(folder: Path, owner: Owner) -> None:
+    creds = folder / CREDS_FILE
+    if os.geteuid() == 0 and owner.uid != 0:
+        os.chown(creds, 0, 0)
+    creds.chmod(0o000)
+
+
+def _become_foreign(folder: Path, _: Owner) -> None:
+    for path in folder.iterdir():
+        path.unlink()
+    (folder / CREDS_FILE).write_bytes(b"{}")
+
+
+def _vanish(folder: Path, _: Owner) -> None:
+    shutil.rmtree(folder)
+
+
+_TEARS = (
+    ("torn creds.json", _truncate_creds),
+    ("half of its keys lost", _lose_keys),
+    ("creds.json of another owner", _change_owner),
+    ("replaced by something else", _become_foreign),
+    ("gone", _vanish),
+)
+
+
+def _refusal(finished: process.Finished, torn: dict[str, str], companies: int) -> Check:
+    """Without a flag that allows it, no folder that was written since may be replaced."""
+    rows: list[dict[str, Any]] = finished.document().get("rows") or []
+    refused = {row["folder"] for row in rows if row["result"] == "refused"}
+    expected = {name for name, what in torn.items() if what in _SEEN_AS_WRITTEN}
+    return Check(
+        "what was written since is refused without a flag",
+        refused == expected and finished.exit_code == (6 if companies > len(expected) else 5),
+        f"{len(refused)} of {len(expected)} torn folders refused",
+    )
+
+
+_SEEN_AS_WRITTEN = {what for what, _ in _TEARS} - {"gone"}
+
+
+def _killed_half_way(scene: _Scene, source: random.Random) -> Check:
+    """SIGKILL a restore that has begun to write; then each folder must be the old one or the new one, whole."""
+    before = {path.name: _digests(path) for path in scene.folders()}
+    killed = process.start(
+        process.opsctl_words("sessions", "restore", *_OVER_EVERYTHING), environment=scene.environment
+    )
+    own = scene.sessions / OPSCTL_FOLDER
+    while killed.poll() is None and not list(own.glob("staging-*/building/*")):
+        time.sleep(0.005)
+    time.sleep(source.uniform(0, 0.3))
+    killed.kill()
+    killed.wait()
+    old = new = 0
+    for path in scene.folders():
+        if before.get(path.name) == (found := _digests(path)):
+            old += 1
+        elif found is not None and _as_restored(path):
+            new += 1
+    total = len(scene.folders())
+    whole = old + new == total and {*before} <= {path.name for path in scene.folders()}
+    return Check("killed half-way, each folder is whole", whole, f"{old} old, {new} new, of {total}")
+
+
+def _digests(path: Path) -> dict[str, str] | None:
+    with opened(path) as fd:
+        return contents(fd, company_id=None, environment=_ENVIRONMENT).digests
+
+
+def _as_restored(path: Path) -> bool:
+    with opened(path) as fd:
+        return contents(fd, company_id=None, environment=_ENVIRONMENT).holding is Holding.OURS
+
+
+def _owners(scene: _Scene) -> Check:
+    wrong = files = 0
+    for folder in scene.folders():
+        for path in (folder, *folder.iterdir()):
+            status = path.lstat()
+            files += 1
+            expected = 0o700 if path == folder else 0o600
+            if status.st_uid != scene.owner.uid or status.st_mode & 0o777 != expected:
+                wrong += 1
+    seen = f"{files:,} files and folders of {scene.owner.name}, {wrong} wrong"
+    return Check("every file has its owner and 0600", wrong == 0 and files > 0, seen)
+
+
+@dataclass(frozen=True, slots=True)
+class PastDrill:
+    """One earlier drill."""
+
+    at: str
+    companies: int
+    keys_per_company: int
+    restore_s: float
+    verdict: str
+    trend: str
+
+
+_HISTORY_COLUMNS = (
+    Column("When (UTC)", "at"),
+    Column("Companies", "companies", numeric=True),
+    Column("Keys each", "keys_per_company", numeric=True),
+    Column("Restore s", "restore_s", numeric=True),
+    Column("Verdict", "verdict"),
+    Column("", "trend"),
+)
+_BAR = 24
+
+
+def drill_history(entries: Iterator[dict[str, Any]], *, last: int) -> Report:
+    """How the measured restore developed, oldest first."""
+    drills = [e for e in entries if e.get("command") == "drill run" and isinstance(e.get("facts"), dict)][-last:]
+    longest = max((float(e["facts"].get("restore_s", 0)) for e in drills), default=0.0) or 1.0
+    rows = [
+        PastDrill(
+            at=str(entry["at"])[:16].replace("T", " "),
+            companies=int(facts.get("companies", 0)),
+            keys_per_company=int(facts.get("keys_per_company", 0)),
+            restore_s=float(facts.get("restore_s", 0)),
+            verdict=str(facts.get("verdict", "")),
+            trend="#" * max(1, round(_BAR * float(facts.get("restore_s", 0)) / longest)),
+        )
+        for entry in drills
+        for facts in [entry["facts"]]
+    ]
+    if not rows:
+        return Report("no drill was run yet", next_lines=["opsctl drill run"])
+    passed = sum(row.verdict == "passed" for row in rows)
+    return Report(
+        summary=f"{passed} of {len(rows)} drills passed; the last one {rows[-1].verdict}, {rows[-1].restore_s:.1f} s",
+        rows=rows,
+        columns=_HISTORY_COLUMNS,
+    )
