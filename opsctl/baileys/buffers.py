@@ -275,16 +275,6 @@ def _replace_bytes(value: object, write: Callable[[bytes], object]) -> object:
     return value
 
 
-def _one_form(forms: set[StoredForm]) -> StoredForm:
-    match len(forms):
-        case 0:
-            return StoredForm.NONE
-        case 1:
-            return next(iter(forms))
-        case _:
-            return StoredForm.MIXED
-
-
 def _numbers_survive(text: bytes) -> bool:
     """Whether each number of a JSON text keeps its value as a 64-bit integer or a double."""
     from decimal import Decimal
