@@ -6,11 +6,10 @@ import os
 import pwd
 import shutil
 import stat
-import subprocess
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from opsctl import db
+from opsctl import db, process
 from opsctl.errors import Refused, SettingsError
 from opsctl.report import Column, Failure, Outcome, Report
 from opsctl.state import State
@@ -252,10 +251,7 @@ def _cron(owner: Owner) -> Finding:
 def _opsctl_lines(user: str) -> int | None:
     """How many jobs of a user's crontab name opsctl; None where it cannot be read."""
     words = ["crontab", "-l"] if user == Owner.current().name else ["crontab", "-l", "-u", user]
-    try:
-        done = subprocess.run(words, capture_output=True, text=True, timeout=CRONTAB_TIMEOUT_S, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    if done.returncode != 0:  # as it is for a user who has none
+    done = process.run(words, environment=process.bare_environment(), timeout_s=CRONTAB_TIMEOUT_S)
+    if done.exit_code != 0:  # as it is for a user who has none
         return 0 if "no crontab" in done.stderr else None
-    return sum("opsctl" in line and not line.lstrip().startswith("#") for line in done.stdout.splitlines())
+    return sum(b"opsctl" in line and not line.lstrip().startswith(b"#") for line in done.stdout.splitlines())

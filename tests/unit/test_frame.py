@@ -598,7 +598,7 @@ def test_a_timed_run_is_a_line_of_history_that_only_its_owner_reads(place: Place
     assert stat.S_IMODE(history.stat().st_mode) == 0o600
     files, connected = map(json.loads, history.read_text().splitlines())
     assert list(files) == [
-        "at", "run_id", "command", "exit_code", "elapsed_s", "target_s", "scope", "met", "steps",
+        "at", "run_id", "command", "exit_code", "elapsed_s", "target_s", "scope", "facts", "met", "steps",
     ]  # fmt: skip
     assert (files["command"], files["scope"], files["met"]) == ("emergency", "files", None)
     assert (connected["scope"], connected["met"]) == ("connected", True)
