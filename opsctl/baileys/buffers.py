@@ -13,9 +13,8 @@ What was encoded twice stays so: see `is_double_encoded`.
 import re
 from binascii import a2b_base64, b2a_base64
 from collections.abc import Callable
-from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import orjson
 
@@ -30,8 +29,7 @@ class StoredForm(StrEnum):
     MIXED = "mixed"
 
 
-@dataclass(frozen=True, slots=True)
-class Normalised:
+class Normalised(NamedTuple):
     """A value as Baileys would write it; where there is a `problem`, the value as it was found."""
 
     data: bytes

@@ -142,6 +142,10 @@ def with_pre_key_ids_raised(creds: bytes, *, highest_pre_key_id: int | None, fre
     return orjson.dumps(value)
 
 
+SUMMARISED: Final = frozenset({"pre-key", "lid-mapping", "sender-key", "sender-key-memory", "app-state-sync-key"})
+"""The key types that a `KeySummary` takes note of."""
+
+
 class KeySummary:
     """What `consistency` wants to know of all keys of one company, gathered one by one in about 8 bytes per sender-key.
 

@@ -17,7 +17,7 @@ import pwd
 import shutil
 import socket
 import stat
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
@@ -28,8 +28,8 @@ from opsctl.errors import Locked, Refused
 from opsctl.stores.folder import OPSCTL_FOLDER, opened, origin_of
 
 if TYPE_CHECKING:
-    from pathlib import Path
     from collections.abc import Iterator
+    from pathlib import Path
 
 ASIDE_KEPT = timedelta(days=7)
 
@@ -89,17 +89,14 @@ class SessionsRoot:
     @contextmanager
     def staging(self, run_id: str) -> Iterator[Staging]:
         """A place to build folders for run `run_id`. On leaving: old folders are set aside, the rest is removed."""
-        name = _STAGING + run_id
-        with (
-            self._made(name, self.own_fd) as fd,
-            self._made(_BUILDING, fd) as building,
-            self._made(_READY, fd) as ready,
-        ):
-            staging = Staging(self, run_id, building, ready)
+        staging = None
+        with self._made(_STAGING + run_id, self.own_fd) as fd:
             try:
-                yield staging
+                with self._made(_BUILDING, fd) as building, self._made(_READY, fd) as ready:
+                    staging = Staging(self, run_id, building, ready)
+                    yield staging
             finally:
-                self._settle(run_id, published=staging.published)
+                self._settle(run_id, published=None if staging is not None and staging.published else False)
                 self._remove_trash()
 
     @contextmanager
@@ -111,10 +108,14 @@ class SessionsRoot:
 
     def recover(self) -> tuple[str, ...]:
         """Settle what killed runs left: old folders are set aside, unpublished ones become trash. Names the runs."""
-        runs = [name.removeprefix(_STAGING) for name in sorted(os.listdir(self.own_fd)) if name.startswith(_STAGING)]
+        runs = self.unfinished_runs()
         for run_id in runs:
             self._settle(run_id, published=None)
-        return tuple(runs)
+        return runs
+
+    def unfinished_runs(self) -> tuple[str, ...]:
+        """Runs that were killed, or that work while one looks without the lock."""
+        return tuple(n.removeprefix(_STAGING) for n in sorted(os.listdir(self.own_fd)) if n.startswith(_STAGING))
 
     def _settle(self, run_id: str, *, published: bool | None) -> None:
         """End a run's staging. `published` None: read it off the folders."""
@@ -157,8 +158,9 @@ class SessionsRoot:
                 continue
             with opened(name, dir_fd=self.own_fd) as aside:
                 there = set(os.listdir(aside))
+                undoable = there.union(self._published_by(name.removeprefix(_ASIDE)))  # also what was new
                 age = now - datetime.fromtimestamp(os.fstat(aside).st_ctime, UTC)
-                if there <= folders or age > ASIDE_KEPT:
+                if undoable <= folders or age > ASIDE_KEPT:
                     os.rename(name, _TRASH + name, src_dir_fd=self.own_fd, dst_dir_fd=self.own_fd)
                     continue
                 for folder in there & folders:
@@ -267,11 +269,14 @@ def _give(fd: int, owner: Owner) -> None:
 
 def check_root(path: Path, owner: Owner) -> None:
     """Raises `Refused` for a target that is not a folder of this service; a missing one is fine if it can be made."""
+    if owner.uid != os.geteuid() and os.geteuid() != 0:
+        raise Refused(f"only root can write files for {owner.name}", hint=f"sudo -u {owner.name} opsctl ...")
     try:
         status = path.lstat()
     except FileNotFoundError:
         if not path.parent.is_dir():
             raise Refused(f"{path.parent} does not exist", hint="make the folder, or pass another --to") from None
+        _check_writable(path.parent)
         return
     except OSError as error:
         raise Refused(f"{path}: {error.strerror}", hint="pass another --to") from None
@@ -286,6 +291,14 @@ def check_root(path: Path, owner: Owner) -> None:
         )
     if status.st_mode & stat.S_IWOTH:
         raise Refused(f"everybody may write to {path}", hint=f"chmod o-w {path}")
+    _check_writable(path)
+
+
+def _check_writable(folder: Path) -> None:
+    if os.statvfs(folder).f_flag & os.ST_RDONLY:
+        raise Refused(f"{folder} is on a read-only filesystem", hint="pass another --to")
+    if not os.access(folder, os.W_OK | os.X_OK, effective_ids=True):
+        raise Refused(f"{_user_name(os.geteuid())} may not write in {folder}", hint="check its owner and mode")
 
 
 @contextmanager
@@ -295,24 +308,69 @@ def locked_root(path: Path, owner: Owner, *, run_id: str) -> Iterator[SessionsRo
     Raises `Refused` (the folder is not ours to write), `Locked` (another run holds it).
     """
     check_root(path, owner)
-    if owner.uid != os.geteuid() and os.geteuid() != 0:
-        raise Refused(f"only root can write files for {owner.name}", hint=f"sudo -u {owner.name} opsctl ...")
-    with _translating(path):
+    with _translating(path), _only_for_the_owner():
         made = not path.exists()
         if made:
             path.mkdir(0o700)
-        with opened(path) as fd:
+        try:
+            with opened(path) as fd:
+                if made:
+                    _give(fd, owner)
+                _lock(fd, path)
+                with _own_folder(path, fd, owner) as own:
+                    _write_holder(own, run_id)
+                    try:
+                        yield SessionsRoot(path, fd, own, owner)
+                    finally:
+                        with suppress(OSError):
+                            os.unlink(_HOLDER, dir_fd=own)
+        finally:
             if made:
-                _give(fd, owner)
-            _lock(fd, path)
-            with suppress(FileExistsError):
-                os.mkdir(OPSCTL_FOLDER, 0o700, dir_fd=fd)
-            with opened(OPSCTL_FOLDER, dir_fd=fd) as own:
-                _give(own, owner)
-                _write_holder(own, run_id)
-                yield SessionsRoot(path, fd, own, owner)
-                with suppress(FileNotFoundError):
-                    os.unlink(_HOLDER, dir_fd=own)
+                with suppress(OSError):  # as long as nothing is in it
+                    path.rmdir()
+
+
+@contextmanager
+def readable_root(path: Path, owner: Owner) -> Iterator[SessionsRoot | None]:
+    """A sessions folder to look at, without its lock; None where no restore has left anything. Makes nothing."""
+    check_root(path, owner)
+    with _translating(path), ExitStack() as stack:
+        try:
+            fd = stack.enter_context(opened(path))
+            own = stack.enter_context(_own_folder(path, fd, None))
+        except FileNotFoundError:
+            yield None
+        else:
+            yield SessionsRoot(path, fd, own, owner)
+
+
+@contextmanager
+def _only_for_the_owner() -> Iterator[None]:
+    """No umask of the shell may shut us out of folders that we make, or let others in."""
+    before = os.umask(0o077)
+    try:
+        yield
+    finally:
+        os.umask(before)
+
+
+@contextmanager
+def _own_folder(path: Path, fd: int, owner: Owner | None) -> Iterator[int]:
+    """`.opsctl`, for `owner` made where it is missing and taken away again where it stays empty."""
+    if owner is not None:
+        with suppress(FileExistsError):
+            os.mkdir(OPSCTL_FOLDER, 0o700, dir_fd=fd)
+    if not stat.S_ISDIR(os.stat(OPSCTL_FOLDER, dir_fd=fd, follow_symlinks=False).st_mode):
+        raise Refused(f"{path / OPSCTL_FOLDER} is not a folder", hint="look at what it is, and move it away")
+    with opened(OPSCTL_FOLDER, dir_fd=fd) as own:
+        if owner is not None:
+            _give(own, owner)
+        try:
+            yield own
+        finally:
+            if owner is not None:
+                with suppress(OSError):
+                    os.rmdir(OPSCTL_FOLDER, dir_fd=fd)
 
 
 @contextmanager

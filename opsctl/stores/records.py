@@ -7,17 +7,17 @@ through it line by line, so that a company of 100,000 keys never stands in memor
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import orjson
 
-from opsctl.baileys.filenames import CREDS_FILE
-
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
 MANIFEST_SCHEMA = "opsctl-manifest/1"
+_END = b"}}\n"
 CREDS_TYPE = "creds"
 """The `type` of credentials in a manifest; their id is empty."""
 
@@ -38,9 +38,9 @@ class Record(NamedTuple):
 class FileEntry(NamedTuple):
     """One file of a company's folder and the row it was made from."""
 
+    sha256: str
     key_type: str
     key_id: str
-    sha256: str
     form: str
     updated_at: str | None
     expires_at: str | None
@@ -68,29 +68,23 @@ class ManifestDamaged(ValueError):
     """The manifest is not one of ours, or torn."""
 
 
-def manifest_lines(origin: Origin, entries: Iterable[tuple[str, bytes]]) -> Iterator[bytes]:
-    """The manifest's bytes in pieces. `entries` are (file name, `entry_json`) pairs."""
+def manifest_lines(origin: Origin, entries: Iterable[tuple[str, FileEntry]]) -> Iterator[bytes]:
+    """The manifest's bytes in pieces, from file names and their entries."""
     head = orjson.dumps({"schema": MANIFEST_SCHEMA, **asdict(origin)})
     yield head[:-1] + b',"files":{\n'
     separator = b""
-    for name, entry in entries:
-        yield separator + orjson.dumps(name) + b":" + entry
-        separator = b",\n"
-    yield b"\n}}\n"
-
-
-def entry_json(entry: FileEntry) -> bytes:
-    """One file's line of the manifest, without its name."""
-    return orjson.dumps(
-        {
-            "type": entry.key_type,
-            "id": entry.key_id,
-            "sha256": entry.sha256,
-            "form": entry.form,
-            "updated_at": entry.updated_at,
-            "expires_at": entry.expires_at,
+    for name, (sha256, key_type, key_id, form, updated_at, expires_at) in entries:
+        fields = {
+            "sha256": sha256,
+            "type": key_type,
+            "id": key_id,
+            "form": form,
+            "updated_at": updated_at,
+            "expires_at": expires_at,
         }
-    )
+        yield separator + orjson.dumps({name: fields})[1:-1]
+        separator = b",\n"
+    yield b"\n" + _END
 
 
 def read_manifest(data: Iterable[bytes]) -> tuple[Origin, Iterator[tuple[str, FileEntry]]]:
@@ -112,7 +106,7 @@ def read_manifest(data: Iterable[bytes]) -> tuple[Origin, Iterator[tuple[str, Fi
 
 def _files(lines: Iterator[bytes]) -> Iterator[tuple[str, FileEntry]]:
     for line in lines:
-        if line == b"}}\n":
+        if line == _END:
             return
         try:
             ((name, fields),) = orjson.loads(b"{" + line.rstrip(b",\n") + b"}").items()
@@ -124,10 +118,26 @@ def _files(lines: Iterator[bytes]) -> Iterator[tuple[str, FileEntry]]:
 
 def _entry(fields: dict[str, Any]) -> FileEntry:
     return FileEntry(
-        fields["type"], fields["id"], fields["sha256"], fields["form"], fields["updated_at"], fields["expires_at"]
+        fields["sha256"], fields["type"], fields["id"], fields["form"], fields["updated_at"], fields["expires_at"]
     )
 
 
-def is_creds(name: str) -> bool:
-    """Whether a file name is that of the credentials."""
-    return name == CREDS_FILE
+_DIGEST = re.compile(rb'"([^"\\]+)":\{"sha256":"([0-9a-f]{64})",')
+
+
+def read_digests(data: Iterable[bytes]) -> Iterator[tuple[str, str]]:
+    """Only the file names and digests of a manifest given as its lines. Raises `ManifestDamaged`.
+
+    A restore reads each of its manifests back, so a line in its usual spelling is not parsed whole.
+    """
+    lines = iter(data)
+    read_manifest([next(lines, b"")])
+    for line in lines:
+        if match := _DIGEST.match(line):
+            yield match[1].decode(), match[2].decode()
+        elif line == _END:
+            return
+        else:
+            for name, entry in _files(iter([line, _END])):
+                yield name, entry.sha256
+    raise ManifestDamaged("its end is missing")

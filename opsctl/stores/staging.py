@@ -9,16 +9,16 @@ import os
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
-
-import orjson
+from itertools import chain
 
 from opsctl.baileys import buffers, credentials, key_types
 from opsctl.baileys.filenames import CREDS_FILE, MANIFEST_FILE, UnwritableName, key_file_name
-from opsctl.stores.folder import entries_of, read_file
-from opsctl.stores.records import CREDS_TYPE, FileEntry, Origin, Record, entry_json, manifest_lines
+from opsctl.stores.folder import digests_of, read_file
+from opsctl.stores.records import CREDS_TYPE, FileEntry, Origin, Record, manifest_lines
 
 _CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _EXAMPLES = 3
+_LISTED = 1_000
 _BLOCK = 4096
 
 
@@ -60,6 +60,15 @@ class Order:
 
 
 @dataclass(frozen=True, slots=True)
+class LeftOut:
+    """A row that cannot be a file of its own."""
+
+    key_type: str
+    key_id: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class Staged:
     """One company's folder, written or only computed."""
 
@@ -70,7 +79,8 @@ class Staged:
     allocated_bytes: int
     busy_chats: int
     dropped_keys: int
-    left_out: tuple[str, ...]
+    left_out: tuple[LeftOut, ...]
+    """The first thousand; the warnings have the number of all."""
     warnings: tuple[str, ...]
     unusable: tuple[str, ...]
     """Why the credentials cannot log in; not empty means: not published without `--accept-damaged`."""
@@ -91,12 +101,10 @@ class CompanyWriter:
     def __init__(self, order: Order, folder_fd: int | None) -> None:
         self._order = order
         self._fd = folder_fd
-        self._entries: dict[str, bytes] = {}
-        self._updated: dict[str, str] = {}
+        self._entries: dict[str, FileEntry] = {}
         self._counts: Counter[str] = Counter()
         self._warnings = Warnings()
-        self._left_out: list[str] = []
-        self._left_out_count = 0
+        self._left_out: list[LeftOut] = []
         self._size = self._allocated = self._busy = self._dropped = 0
         normalised = buffers.normalise(order.creds)
         self._creds_form = normalised.form
@@ -116,25 +124,18 @@ class CompanyWriter:
         try:
             name = key_file_name(key_type, key_id)
         except UnwritableName as error:
-            self._leave_out(str(error))
+            self._leave_out(key_type, key_id, str(error))
             return
-        normalised = buffers.normalise(value)
-        data = normalised.data
-        problem = normalised.problem or key_types.shape_problem(key_type, data)
+        data, form, problem = buffers.normalise(value)
+        problem = problem or key_types.shape_problem(key_type, data)
         if problem is not None:
             self._warnings.add(f"{key_type}: {problem}", name.removesuffix(".json"))
         if name in self._entries and not self._is_newer(name, record):
             return
-        digest = sha256(data).hexdigest()
-        if self._fd is not None:
-            descriptor = os.open(name, _CREATE, 0o600, dir_fd=self._fd)
-            try:
-                _write_all(descriptor, data)
-            finally:
-                os.close(descriptor)
-        self._note(name, FileEntry(key_type, key_id, digest, normalised.form, updated_at, expires_at), len(data))
+        self._write(name, data, FileEntry(sha256(data).hexdigest(), key_type, key_id, form, updated_at, expires_at))
         self._counts[key_type] += 1
-        self._summary.add(key_type, key_id, data)
+        if key_type in credentials.SUMMARISED:
+            self._summary.add(key_type, key_id, data)
 
     def finish(self) -> Staged:
         """Write creds.json, then the manifest."""
@@ -152,15 +153,10 @@ class CompanyWriter:
             if finding.severity is not credentials.Severity.UNUSABLE:
                 self._warnings.add(f"{CREDS_TYPE}: {finding.message}")
         digest = sha256(creds).hexdigest()
-        entry = FileEntry(CREDS_TYPE, "", digest, self._creds_form, order.creds_updated_at, None)
-        self._note(CREDS_FILE, entry, len(creds))
+        entry = FileEntry(digest, CREDS_TYPE, "", self._creds_form, order.creds_updated_at, None)
         if self._fd is not None:
-            self._write_manifest()
-            descriptor = os.open(CREDS_FILE, _CREATE, 0o600, dir_fd=self._fd)
-            try:
-                _write_all(descriptor, creds)
-            finally:
-                os.close(descriptor)
+            self._write_manifest([(CREDS_FILE, entry)])
+        self._write(CREDS_FILE, creds, entry)
         return Staged(
             company_id=order.origin.company_id,
             folder=order.folder,
@@ -175,13 +171,21 @@ class CompanyWriter:
             registered=self._examined.registered,
         )
 
-    def _note(self, name: str, entry: FileEntry, size: int) -> None:
-        self._entries[name] = entry_json(entry)
-        self._updated[name] = entry.updated_at or ""
+    def _write(self, name: str, data: bytes, entry: FileEntry) -> None:
+        size = len(data)
+        if self._fd is not None:
+            descriptor = os.open(name, _CREATE, 0o600, dir_fd=self._fd)
+            try:
+                written = os.write(descriptor, data)
+                while written < size:
+                    written += os.write(descriptor, data[written:])
+            finally:
+                os.close(descriptor)
+        else:
+            self.digests[name] = entry.sha256
+        self._entries[name] = entry
         self._size += size
         self._allocated += -(-size // _BLOCK) * _BLOCK
-        if self._fd is None:
-            self.digests[name] = entry.sha256
 
     def _is_dropped(self, key_type: str, key_id: str) -> bool:
         if key_type == "sender-key":
@@ -190,43 +194,37 @@ class CompanyWriter:
 
     def _is_newer(self, name: str, record: Record) -> bool:
         """Two rows want one file. Says whether the second one is newer, and has removed the first if so."""
-        older = orjson.loads(self._entries[name])
-        newer = (record.updated_at or "") > self._updated[name]
-        loser = (older["type"], older["id"]) if newer else (record.key_type, record.key_id)
-        self._leave_out(f"{loser[0]} {loser[1][:60]!a} is older and would share the file {name[:60]!a}")
+        older = self._entries[name]
+        newer = (record.updated_at or "") > (older.updated_at or "")
+        key_type, key_id = (older.key_type, older.key_id) if newer else (record.key_type, record.key_id)
+        self._leave_out(key_type, key_id, f"{key_type} {key_id[:60]!a} is older and would share a file with another")
         if newer:
-            self._counts[older["type"]] -= 1
+            self._counts[older.key_type] -= 1
             if self._fd is not None:
                 os.unlink(name, dir_fd=self._fd)
         return newer
 
-    def _leave_out(self, why: str) -> None:
-        self._left_out_count += 1
-        if len(self._left_out) < _EXAMPLES * 10:
-            self._left_out.append(why)
+    def _leave_out(self, key_type: str, key_id: str, why: str) -> None:
+        if len(self._left_out) < _LISTED:
+            self._left_out.append(LeftOut(key_type, key_id, why))
         self._warnings.add("left out, because it cannot be a file of its own", why)
 
-    def _write_manifest(self) -> None:
+    def _write_manifest(self, more: list[tuple[str, FileEntry]]) -> None:
         me_id = self._examined.me_id
         origin = replace(self._order.origin, me_sha256=credentials.me_fingerprint(me_id) if me_id else None)
         descriptor = os.open(MANIFEST_FILE, _CREATE, 0o600, dir_fd=self._fd)
         with open(descriptor, "wb", buffering=256 * 1024) as file:  # noqa: PTH123 - a descriptor has no Path
-            file.writelines(manifest_lines(origin, self._entries.items()))
-
-
-def _write_all(descriptor: int, data: bytes) -> None:
-    written = os.write(descriptor, data)
-    while written < len(data):
-        written += os.write(descriptor, data[written:])
+            file.writelines(manifest_lines(origin, chain(self._entries.items(), more)))
 
 
 def read_back(folder_fd: int) -> tuple[dict[str, str], str | None]:
     """Read every file of a staged folder and hold it against its manifest: the digests, and what differs or None."""
     digests: dict[str, str] = {}
     damage = None
-    for name, entry in entries_of(folder_fd):
-        digests[name] = sha256(read_file(folder_fd, name)).hexdigest()
-        if digests[name] != entry.sha256:
+    for name, written in digests_of(folder_fd):
+        digest = sha256(read_file(folder_fd, name)).hexdigest()
+        digests[name] = digest
+        if digest != written:
             damage = f"{name!a} reads back differently from what was written"
     if len(os.listdir(folder_fd)) != len(digests) + 1:  # the manifest itself
         damage = "the folder holds a file that its manifest does not know"
