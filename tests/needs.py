@@ -5,9 +5,12 @@ Each function gives a mark: `@needs.root()` above a test, or `pytestmark = [need
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
+import subprocess
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
@@ -19,8 +22,16 @@ _PROGRAMS = {"pgbouncer": "pgbouncer", "e2fsprogs": "mkfs.ext4", "tmux": "tmux",
 
 
 def root() -> pytest.MarkDecorator:
-    """The test mounts, changes owners, or drops to another user."""
-    return _mark(os.geteuid() == 0, "what only root can arrange (read-only mounts, other users)")
+    """The test changes owners or becomes another user."""
+    return _mark(os.geteuid() == 0, "what only root can arrange (files of other users)")
+
+
+@functools.cache
+def namespace(kind: Literal["mount", "user"]) -> pytest.MarkDecorator:
+    """The test mounts something for itself alone, or is somebody else; many containers forbid it to their root."""
+    tried = subprocess.run(["unshare", f"--{kind}", "true"], stderr=subprocess.DEVNULL, check=False)
+    there = os.geteuid() == 0 and tried.returncode == 0
+    return _mark(there, f"what only root in a {kind} namespace can arrange (read-only mounts, users without account)")
 
 
 def debian(package: str) -> pytest.MarkDecorator:

@@ -181,7 +181,7 @@ def test_an_app_dir_that_is_not_there_fails(installation: Installation) -> None:
     assert installation.finding("service user")[0] == "failed"
 
 
-@needs.root()
+@needs.namespace("user")
 def test_a_user_who_cannot_give_files_to_the_service_is_told_who_can(installation: Installation) -> None:
     # A namespace in which this process's user is somebody, and root, who owns APP_DIR, is somebody else.
     os.chown(installation.folder, pwd.getpwnam("daemon").pw_uid, -1)
@@ -253,14 +253,14 @@ def test_a_folder_on_the_way_that_the_service_cannot_enter_fails(installation: I
     assert seen == f"the mode of {locked} keeps daemon from writing to {locked}/sessions"
 
 
-@needs.root()
+@needs.namespace("mount")
 def test_a_sessions_folder_on_a_read_only_mount_fails_also_for_root(installation: Installation) -> None:
     script = 'mount --bind "$0" "$0" && mount -o remount,ro,bind "$0" && exec "$@"'
     rows = installation.rows_inside("unshare", "--mount", "sh", "-c", script, str(installation.sessions))
     assert rows["sessions folder"] == ("failed", f"{installation.sessions} cannot be written by this user")
 
 
-@needs.root()
+@needs.namespace("mount")
 @pytest.mark.parametrize(("options", "verdict"), [("size=8m", "failed"), ("size=4g,nr_inodes=1000", "warning")])
 def test_a_filesystem_that_is_nearly_full_is_told(installation: Installation, options: str, verdict: str) -> None:
     script = f'mount -t tmpfs -o {options},mode=700 none "$0" && exec "$@"'

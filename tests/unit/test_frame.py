@@ -616,7 +616,7 @@ def test_a_file_in_the_way_of_the_state_folder_stops_nothing(place: Place) -> No
     assert place.json("emergency")["exit_code"] == 0
 
 
-@needs.root()
+@needs.namespace("mount")
 def test_a_state_folder_on_a_read_only_mount_stops_nothing(place: Place) -> None:
     place.state.mkdir()
     mounted = 'mount --bind "$OPSCTL_STATE_DIR" "$OPSCTL_STATE_DIR" && mount -o remount,ro,bind "$OPSCTL_STATE_DIR"'
@@ -625,7 +625,7 @@ def test_a_state_folder_on_a_read_only_mount_stops_nothing(place: Place) -> None
     assert list(place.state.iterdir()) == []
 
 
-@needs.root()
+@needs.namespace("user")
 def test_a_user_without_a_home_is_told_that_there_is_no_history(place: Place) -> None:
     before = ("unshare", "--user", "--map-user=54321", "--map-group=54321", "env", "--unset=HOME")
     done = place.run("emergency", before=before, env={"OPSCTL_STATE_DIR": ""})
