@@ -139,6 +139,13 @@ def test_an_object_with_any_other_key_is_no_byte_object() -> None:
         assert normalise(text) == Normalised(text, StoredForm.NONE, None)
 
 
+def test_a_double_that_postgresql_prints_as_a_long_integer_keeps_nothing_from_being_normalised() -> None:
+    text = b'{"n": 10000000000000000000000, "m": -%b, "b": {"data": [1], "type": "Buffer"}}' % (b"12" + b"0" * 300)
+    normalised = normalise(text)
+    assert normalised.problem is None
+    assert json.loads(normalised.data) == {"n": 1e22, "m": -1.2e301, "b": {"type": "Buffer", "data": "AQ=="}}
+
+
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
