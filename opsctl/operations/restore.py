@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from opsctl.journal import Journal
     from opsctl.stores.postgres import Snapshot, Tenant
     from opsctl.stores.publishing import Owner
+    from opsctl.stores.staging import LeftOut
 
     Remaining = Callable[[], float | None]
 
@@ -84,6 +85,7 @@ class CompanyRow:
     files_set_aside: int = 0
     busy_chats: int = 0
     dropped_keys: int = 0
+    left_out: tuple[LeftOut, ...] = ()
     warning_count: int = 0
     warnings: tuple[str, ...] = ()
     copy: str = ""
@@ -407,6 +409,7 @@ def _staged_row(staged: Staged, wish: Wish, seconds: float) -> CompanyRow:
         other_keys=staged.key_count - pre_keys - sessions - sender,
         busy_chats=staged.busy_chats,
         dropped_keys=staged.dropped_keys,
+        left_out=staged.left_out,
         warning_count=len(warnings),
         warnings=warnings,
         copy="fresh" if wish.service_stopped else "possibly stale",
@@ -577,6 +580,7 @@ def _details(work: _Work, rows: Sequence[CompanyRow]) -> list[str]:
         if row.keys_by_type:
             kinds = ", ".join(f"{count} {kind}" for kind, count in row.keys_by_type.items())
             out.append(f"{row.company}: {kinds}")
+        out += [f"{row.company}: left out: {key.reason}" for key in row.left_out]
     return out
 
 
