@@ -257,7 +257,7 @@ def test_a_folder_on_the_way_that_the_service_cannot_enter_fails(installation: I
 def test_a_sessions_folder_on_a_read_only_mount_fails_also_for_root(installation: Installation) -> None:
     script = 'mount --bind "$0" "$0" && mount -o remount,ro,bind "$0" && exec "$@"'
     rows = installation.rows_inside("unshare", "--mount", "sh", "-c", script, str(installation.sessions))
-    assert rows["sessions folder"] == ("failed", f"{installation.sessions} cannot be written by this user")
+    assert rows["sessions folder"] == ("failed", f"{installation.sessions} is on a read-only filesystem")
 
 
 @needs.namespace("mount")
