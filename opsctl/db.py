@@ -12,7 +12,6 @@ import threading
 import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
-from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
 import psycopg
 from psycopg import conninfo, waiting
@@ -39,7 +38,10 @@ RETRY_WAITS_S = (0.1, 0.2, 0.4)
 _INTERVAL_S = 0.1
 
 # Parameters that other PostgreSQL clients put into DATABASE_URL and libpq does not know.
-_FOREIGN_PARAMETERS = frozenset({"pgbouncer", "connection_limit", "pool_timeout", "schema", "statement_cache_size"})
+_FOREIGN_PARAMETERS = frozenset(
+    {"pgbouncer", "connection_limit", "pool_timeout", "socket_timeout", "schema", "statement_cache_size", "supa"}
+)
+_NO_VERIFY = {"sslmode=no-verify": "sslmode=require"}
 
 _ENCODE = "percent-encode / @ : ? # in its password"
 
@@ -96,7 +98,7 @@ class Connection(psycopg.Connection[Any]):
 def address(settings: Settings) -> dict[str, Any]:
     """libpq parameters from DATABASE_URL, else POSTGRES_*. Raises `SettingsError` that names the variable only."""
     if settings["DATABASE_URL"]:
-        parameters = _parsed("DATABASE_URL", str(settings["DATABASE_URL"]))
+        parameters = _parsed(str(settings["DATABASE_URL"]))
     elif settings["POSTGRES_HOST"] or settings["POSTGRES_DATABASE"]:
         parameters = {
             "host": settings["POSTGRES_HOST"],
@@ -111,33 +113,34 @@ def address(settings: Settings) -> dict[str, Any]:
         raise SettingsError(
             "no database address is set", hint="set DATABASE_URL or POSTGRES_HOST and POSTGRES_DATABASE"
         )
-    ports = str(parameters.get("port", "5432")).split(",")
-    if not all(port.isdigit() and 0 < int(port) < 65536 for port in ports):
-        # A `/` in a password that is not percent-encoded parses, and puts the password's start into the port.
-        raise SettingsError("DATABASE_URL has a port that is no number", hint=_ENCODE)
-    if "@" in str(parameters.get("host", "")).lstrip("@"):
-        raise SettingsError("DATABASE_URL has a host name with an @ in it", hint=_ENCODE)
     return {**parameters, "application_name": "opsctl", "client_encoding": "UTF8"}
 
 
-def _parsed(variable: str, text: str) -> dict[str, Any]:
+def _parsed(url: str) -> dict[str, Any]:
     try:
-        return conninfo.conninfo_to_dict(_for_libpq(text))
+        parameters: dict[str, Any] = conninfo.conninfo_to_dict(_for_libpq(url))
     except (psycopg.Error, ValueError):  # the message quotes the password
         raise SettingsError(
-            f"{variable} is not a connection string", hint="postgresql://USER:PASSWORD@HOST:PORT/DATABASE"
+            "DATABASE_URL is not a connection string", hint="postgresql://USER:PASSWORD@HOST:PORT/DATABASE"
         ) from None
+    # A `/` or `@` in a password that is not percent-encoded parses, and puts parts of it into the port, the host or the
+    # database, which messages show. A host that begins with an `@` is an abstract socket's.
+    ports = str(parameters.get("port", "5432")).split(",")
+    if not all(port.isdigit() and 0 < int(port) < 65536 for port in ports):
+        raise SettingsError("DATABASE_URL has a port that is no number", hint=_ENCODE)
+    for word, what in (("host", "host name"), ("dbname", "database name")):
+        if "@" in str(parameters.get(word, "")).lstrip("@"):
+            raise SettingsError(f"DATABASE_URL has a {what} with an @ in it", hint=_ENCODE)
+    return parameters
 
 
 def _for_libpq(url: str) -> str:
     """The service's own DATABASE_URL as libpq takes it: parameters of Node clients are dropped or translated."""
-    if "://" not in url or "?" not in url:
+    base, _, parameters = url.rpartition("?")
+    if "://" not in base or "@" in parameters:  # then the `?` stands in a password
         return url
-    parts = urlsplit(url)
-    query = [(name, value) for name, value in parse_qsl(parts.query, keep_blank_values=True)]
-    kept = [(n, "require" if (n, v) == ("sslmode", "no-verify") else v) for n, v in query]
-    kept = [(n, v) for n, v in kept if n not in _FOREIGN_PARAMETERS]
-    return url if kept == query else urlunsplit(parts._replace(query=urlencode(kept)))
+    kept = [_NO_VERIFY.get(p, p) for p in parameters.split("&") if p.partition("=")[0] not in _FOREIGN_PARAMETERS]
+    return f"{base}?{'&'.join(kept)}" if kept else base
 
 
 def place(parameters: Mapping[str, Any]) -> str:
@@ -179,16 +182,15 @@ def _connect_with_retry(parameters: Mapping[str, Any], give_up_at: float) -> Con
 
 def _connect_once(parameters: Mapping[str, Any], give_up_at: float) -> Connection:
     """Connect in a thread, because the resolver of the C library cannot be interrupted by any clock of ours."""
-    results: list[Connection | psycopg.Error] = []
+    results: list[Connection | Exception] = []
+    ours = {"autocommit": True, "prepare_threshold": None, "connect_timeout": int(CONNECT_S) + 1}
     abandoned = threading.Event()
     done = threading.Event()
 
     def work() -> None:
         try:
-            connection = Connection.connect(
-                "", autocommit=True, prepare_threshold=None, connect_timeout=int(CONNECT_S) + 1, **parameters
-            )
-        except psycopg.Error as error:
+            connection = Connection.connect("", **{**parameters, **ours})
+        except Exception as error:  # noqa: BLE001 - raised again below, in the thread that answers for it
             results.append(error)
         else:
             if abandoned.is_set():
@@ -206,6 +208,8 @@ def _connect_once(parameters: Mapping[str, Any], give_up_at: float) -> Connectio
         )
     if isinstance(results[0], psycopg.Error):
         raise _connection_failure(results[0], parameters)
+    if isinstance(results[0], Exception):
+        raise results[0]
     return results[0]
 
 
