@@ -225,7 +225,9 @@ def _command_name(ctx: typer.Context) -> str:
 
 
 def _new_run_id() -> str:
-    return f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{secrets.token_hex(3)}"
+    """Sorts by time, also within a second: 2 microseconds' worth of 19 bits, and 5 random ones."""
+    now = datetime.now(UTC)
+    return f"{now:%Y%m%dT%H%M%SZ}-{now.microsecond // 2 << 5 | secrets.randbelow(32):06x}"
 
 
 def _watcher(*, quiet: bool) -> Watcher:
