@@ -115,7 +115,7 @@ def _table(report: Report) -> Table:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, collapse_padding=True)
     for column in report.columns:
         table.add_column(
             column.header, justify="right" if column.numeric else "left", no_wrap=column.numeric, overflow="fold"
