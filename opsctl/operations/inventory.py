@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import os
+import stat
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
 
     from opsctl.journal import Journal
     from opsctl.stores.postgres import Snapshot
+    from opsctl.stores.records import Origin
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +68,7 @@ def list_sessions(
             rows = _from_database(snapshot, moment)
     except DatabaseUnavailable as error:
         failure = Failure(error.kind, f"the database cannot be read: {error.message}", "opsctl sessions restore")
-    _add_folders(rows, target, moment)
+    warnings = _add_folders(rows, target, moment)
     if companies:
         unknown = sorted(set(companies) - rows.keys())
         if unknown and failure is None:
@@ -78,6 +81,7 @@ def list_sessions(
         rows=ordered,
         columns=_COLUMNS,
         facts={"target": str(target)},
+        warnings=warnings,
         details=[f"{r.company}: {', '.join(f'{n} {t}' for t, n in r.keys_by_type.items())}" for r in ordered],
         exit_code=1 if failure else 0,
         failure=failure,
@@ -104,26 +108,40 @@ def _from_database(snapshot: Snapshot, now: datetime) -> dict[str, SessionRow]:
     return rows
 
 
-def _add_folders(rows: dict[str, SessionRow], target: Path, now: datetime) -> None:
-    from dataclasses import replace
-
+def _add_folders(rows: dict[str, SessionRow], target: Path, now: datetime) -> list[str]:
+    """Adds what stands in the sessions folder; gives a sentence where that cannot be read."""
     try:
         with opened(target) as fd:
-            names = sorted(p.name for p in target.iterdir() if p.is_dir() and p.name != OPSCTL_FOLDER)
-            origins = {}
-            for name in names:
-                with opened(name, dir_fd=fd) as folder:
-                    origins[name] = origin_of(folder)
-    except OSError:
-        return
+            found = {name: _found(name, fd) for name in sorted(os.listdir(fd)) if name != OPSCTL_FOLDER}
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        return [f"the folders in {target} cannot be read: {error.strerror}"]
     by_folder = {_folder(company): company for company in rows}
-    for name in names:
-        origin = origins[name]
+    for name, (kind, origin) in found.items():
+        if kind is None:
+            continue
         company = by_folder.get(name) or (origin.company_id if origin else name.removeprefix("company_"))
-        has_creds = (target / name / CREDS_FILE).exists()
-        kind = "no creds" if not has_creds else "restored" if origin else "foreign"
         row = rows.get(company, SessionRow(company))
         rows[company] = replace(row, folder=kind, folder_age=_age(origin.snapshot_at, now) if origin else None)
+    return []
+
+
+def _found(name: str, dir_fd: int) -> tuple[str | None, Origin | None]:
+    """How one entry holds a company, in a word (None: it is a file), and what its manifest says."""
+    origin = None
+    try:
+        with opened(name, dir_fd=dir_fd) as folder:
+            origin = origin_of(folder)
+            os.stat(CREDS_FILE, dir_fd=folder, follow_symlinks=False)
+    except FileNotFoundError:
+        return "no creds", origin
+    except NotADirectoryError:
+        is_link = stat.S_ISLNK(os.stat(name, dir_fd=dir_fd, follow_symlinks=False).st_mode)
+        return "symlink" if is_link else None, None
+    except OSError:
+        return "unreadable", None
+    return ("restored" if origin else "foreign"), origin
 
 
 def _folder(company: str) -> str | None:
