@@ -129,7 +129,8 @@ class CompanyWriter:
         data, form, problem = buffers.normalise(value)
         problem = problem or key_types.shape_problem(key_type, data)
         if problem is not None:
-            self._warnings.add(f"{key_type}: {problem}", name.removesuffix(".json"))
+            kind = key_type if key_type in key_types.KNOWN else "unknown type"  # so that the kinds are few
+            self._warnings.add(f"{kind}: {problem}", name.removesuffix(".json"))
         if name in self._entries and not self._is_newer(name, record):
             return
         self._write(name, data, FileEntry(sha256(data).hexdigest(), key_type, key_id, form, updated_at, expires_at))
