@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import re
 import socket
-import time
 from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
@@ -159,13 +159,11 @@ def test_a_table_that_may_not_be_read_is_named(fleet: Fleet) -> None:
 def test_a_deadline_ends_the_waiting_for_a_server_that_says_nothing(empty_fleet: Fleet) -> None:
     with closing(socket.create_server(("127.0.0.1", 0))) as silent:
         port = silent.getsockname()[1]
-        started = time.monotonic()
         url = f"postgresql://u:{PASSWORD}@127.0.0.1:{port}/db"
         empty_fleet.env["DATABASE_URL"] = url
         done = empty_fleet.restore("--deadline", "0.5")
         assert done.returncode == 4
-        assert f"PostgreSQL at 127.0.0.1:{port}/db did not answer" in done.stderr
-        assert time.monotonic() - started < 4  # without a deadline it waits 5 s for the connection alone
+        assert re.search(rf"PostgreSQL at 127.0.0.1:{port}/db did not answer within 0\.[0-5] s", done.stderr), done
 
 
 @pytest.mark.parametrize("company", ["999", "../x", "", "962302\n", "\x1b]0;x\x07"])
