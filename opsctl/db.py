@@ -199,10 +199,11 @@ def _connect_once(parameters: Mapping[str, Any], give_up_at: float) -> Connectio
         done.set()
 
     threading.Thread(target=work, name="connect", daemon=True).start()
-    if not done.wait(max(0.0, give_up_at - time.monotonic())):
+    patience_s = max(0.0, give_up_at - time.monotonic())
+    if not done.wait(patience_s):
         abandoned.set()
         raise DatabaseUnavailable(
-            f"PostgreSQL at {place(parameters)} did not answer within {CONNECT_S:g} s",
+            f"PostgreSQL at {place(parameters)} did not answer within {patience_s:.1f} s",
             kind="frozen",
             hint="opsctl triage",
         )
