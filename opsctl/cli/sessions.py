@@ -1,7 +1,7 @@
 """`opsctl sessions ...`: Baileys session folders."""
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -133,7 +133,7 @@ def undo(
     wish = UndoWish(run_id, tuple(company or ()), discard_changes, run.settings.environment)
     owner = _owner(run, None, target)
     if dry_run:
-        return preview_undo(target, owner, wish, this_run=run.run_id)
+        return preview_undo(target, owner, wish)
     run.confirm(f"Exchange the folders in {target} with the ones set aside?")
     with run.journal.step("exchange"):
         return undo_restore(target, owner, wish, this_run=run.run_id)
@@ -198,10 +198,14 @@ def _owner(run: Invocation, name: str | None, target: Path) -> "Owner":
         return Owner.named(name)
     app_dir = run.settings["APP_DIR"]
     if app_dir is not None:
-        if not app_dir.is_dir():
-            raise SettingsError(f"APP_DIR ({app_dir}) is not a folder", hint="correct it, or pass --owner USER")
-        return Owner.of(app_dir)
-    return Owner.of(target) if target.is_dir() else Owner.current()
+        with suppress(OSError):
+            if app_dir.is_dir():
+                return Owner.of(app_dir)
+        raise SettingsError(f"APP_DIR ({app_dir}) is not a folder", hint="correct it, or pass --owner USER")
+    try:
+        return Owner.of(target)
+    except OSError:  # missing, or out of reach: for `check_root` to say
+        return Owner.current()
 
 
 def _database(run: Invocation) -> "Callable[[], AbstractContextManager[Snapshot]]":

@@ -6,6 +6,7 @@ Companies are independent: one that cannot be restored does not delay the others
 from __future__ import annotations
 
 import os
+import shlex
 import time
 from collections import Counter
 from contextlib import ExitStack, contextmanager
@@ -92,6 +93,11 @@ class CompanyRow:
     seconds: float | None = None
     reason: str | None = None
 
+    @property
+    def copy_in_a_word(self) -> str:
+        """`copy` for a table of 80 columns; the warning below it has the whole sentence."""
+        return "stale?" if self.copy == "possibly stale" else self.copy
+
 
 _COLUMNS = (
     Column("Company", "company"),
@@ -100,15 +106,13 @@ _COLUMNS = (
     Column("Pre-key", "pre_keys", numeric=True),
     Column("Session", "sessions", numeric=True),
     Column("Sender", "sender_keys", numeric=True),
-    Column("Other", "other_keys", numeric=True),
     Column("Warn", "warning_count", numeric=True),
-    Column("Copy", "copy"),
+    Column("Copy", "copy_in_a_word"),
     Column("s", "seconds", numeric=True),
 )
 _PREVIEW_COLUMNS = (
     Column("Company", "company"),
     Column("Result", "result"),
-    Column("Keys", "keys", numeric=True),
     Column("Restored", "files_restored", numeric=True),
     Column("Updated", "files_updated", numeric=True),
     Column("Unchanged", "files_unchanged", numeric=True),
@@ -454,7 +458,7 @@ def _row_unless_refused(found: Compared, work: _Work) -> CompanyRow | None:
         names = ", ".join(ascii(name)[1:-1] for name in found.written_since)
         reason = f"its folder was written since it was restored ({names}); --discard-changes would lose that"
     elif found.holding is Holding.FOREIGN and not wish.replace_foreign:
-        reason = "a folder that is not ours is in its place; --replace would set it aside"
+        reason = f"what stands in its place ({row.folder}) is no folder that was restored here; --replace sets it aside"
     else:
         return row
     work.settle(replace(row, result=Result.REFUSED, reason=reason))
@@ -482,9 +486,14 @@ def _publish(
             elif remaining() == 0:
                 work.settle(replace(row, result=Result.LATE, reason="the deadline came before it"))
             else:
-                staging.publish(row.folder)
-                published.add(row.folder)
-                work.settle(row)
+                try:
+                    staging.publish(row.folder)
+                except OSError as error:
+                    reason = f"{row.folder} cannot be exchanged: {error.strerror}"
+                    work.settle(replace(row, result=Result.REFUSED, reason=reason))
+                else:
+                    published.add(row.folder)
+                    work.settle(row)
         if published:
             staging.sync_names()
     if published:
@@ -587,12 +596,13 @@ def _details(work: _Work, rows: Sequence[CompanyRow]) -> list[str]:
 def _next_lines(wish: Wish, done: Sequence[CompanyRow]) -> list[str]:
     if not done:
         return []
+    target = shlex.quote(str(wish.target))
     first = [] if wish.service_stopped else ["pm2 stop baileys-whatsapp-service    # if it still runs"]
     return [
-        f"opsctl sessions verify {wish.target}",
+        f"opsctl sessions verify {target}",
         *first,
         "# in its .env: USE_REPOSITORY_PATTERN=false, USE_DATABASE_AUTH_STATE=false, USE_LEGACY_SUPABASE=false",
         "pm2 restart baileys-whatsapp-service --update-env",
         "# from here on these folders are the truth: the service must not start on PostgreSQL again before failback",
-        "opsctl sessions undo    # only while the service has not been started on them",
+        f"opsctl sessions undo --to {target}    # only while the service has not been started on them",
     ]

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import shlex
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from opsctl.baileys.filenames import UnwritableName, folder_name
 from opsctl.errors import Refused
 from opsctl.report import Column, Failure, Report
 from opsctl.stores.folder import Holding, contents, opened
-from opsctl.stores.publishing import SessionsRoot, locked_root
+from opsctl.stores.publishing import SessionsRoot, locked_root, readable_root
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -35,61 +36,85 @@ class UndoRow:
 
     folder: str
     action: str
-    """`exchange`, `take away` (there was none before), or `refused`."""
+    """`exchange`, `take away` (there was none before), `put back` (there is none now), or `refused`."""
     written_since: tuple[str, ...] = ()
+    reason: str | None = None
+    """Why it was refused."""
 
 
-_COLUMNS = (
-    Column("Folder", "folder"),
-    Column("Action", "action"),
-    Column("Written since the restore", "written_since"),
-)
+_COLUMNS = (Column("Folder", "folder"), Column("Action", "action"), Column("Why", "reason"))
 
 
-def preview_undo(target: Path, owner: Owner, wish: UndoWish, *, this_run: str) -> Report:
-    """What `undo_restore` would do."""
-    with locked_root(target, owner, run_id=this_run) as root:
+def preview_undo(target: Path, owner: Owner, wish: UndoWish) -> Report:
+    """What `undo_restore` would do. Makes nothing, not even the lock's holder."""
+    with readable_root(target, owner) as root:
+        if root is None:
+            raise _nothing(target)
         run_id, rows = _plan(root, wish)
+        killed = [
+            f"run {run} was killed, or still works; undo settles first what it left" for run in root.unfinished_runs()
+        ]
     summary = f"undoing restore {run_id} would change {_counted(rows)}; nothing was changed"
-    return Report(summary, rows=rows, columns=_COLUMNS, facts={"run": run_id})
+    return replace(_report(summary, run_id, rows), warnings=killed)
 
 
 def undo_restore(target: Path, owner: Owner, wish: UndoWish, *, this_run: str) -> Report:
     """Exchange the folders. One that was written since its restore is refused without `discard_changes`."""
+    with readable_root(target, owner) as there:
+        if there is None:
+            raise _nothing(target)
     with locked_root(target, owner, run_id=this_run) as root:
         root.recover()
-        run_id, rows = _plan(root, wish)
-        for row in rows:
-            if row.action != _REFUSED:
-                root.undo(run_id, row.folder)
-    refused = [row.folder for row in rows if row.action == _REFUSED]
-    failure = None
-    if refused:
-        failure = Failure(
-            "refused" if len(refused) == len(rows) else "half-done",
-            f"written since the restore, so not undone: {', '.join(refused)}",
-            "add --discard-changes to lose what was written",
-        )
-    return Report(
-        summary=f"restore {run_id} undone: {_counted(rows)}",
-        rows=rows,
-        columns=_COLUMNS,
-        facts={"run": run_id},
-        next_lines=[f"opsctl sessions undo --run {run_id}    # puts the restored folders back"],
-        exit_code=(5 if len(refused) == len(rows) else 6) if refused else 0,
-        failure=failure,
-        companies=refused,
+        run_id, planned = _plan(root, wish)
+        rows = [row if row.action == _REFUSED else _undone(root, run_id, row) for row in planned]
+    report = _report(f"restore {run_id} undone: {_counted(rows)}", run_id, rows)
+    next_line = (
+        f"opsctl sessions undo --to {shlex.quote(str(target))} --run {run_id}    # puts the restored folders back"
     )
+    return replace(report, next_lines=[next_line] if report.exit_code != Refused.exit_code else [])
 
 
 _REFUSED = "refused"
 
 
+def _undone(root: SessionsRoot, run_id: str, row: UndoRow) -> UndoRow:
+    try:
+        root.undo(run_id, row.folder)
+    except OSError as error:
+        return replace(row, action=_REFUSED, reason=error.strerror)
+    return row
+
+
+def _nothing(target: Path) -> Refused:
+    return Refused(f"there is no restore to undo in {target}", kind="nothing-to-undo", hint="opsctl sessions list")
+
+
+def _report(summary: str, run_id: str, rows: Sequence[UndoRow]) -> Report:
+    refused = [row for row in rows if row.action == _REFUSED]
+    failure = None
+    if refused:
+        failure = Failure(
+            "refused" if len(refused) == len(rows) else "half-done",
+            f"not undone: {'; '.join(f'{row.folder}: {row.reason}' for row in refused)}",
+            "add --discard-changes to set aside what was written" if any(r.written_since for r in refused) else None,
+        )
+    return Report(
+        summary=summary,
+        rows=rows,
+        columns=_COLUMNS,
+        facts={"run": run_id},
+        exit_code=(5 if len(refused) == len(rows) else 6) if refused else 0,
+        failure=failure,
+        companies=[row.folder for row in refused],
+    )
+
+
 def _plan(root: SessionsRoot, wish: UndoWish) -> tuple[str, list[UndoRow]]:
     runs = root.undoable_runs()
-    if not runs or (wish.run_id is not None and wish.run_id not in runs):
-        asked = f"restore {wish.run_id} cannot be undone" if wish.run_id and runs else "there is no restore to undo"
-        raise Refused(f"{asked} in {root.path}", hint=f"to undo: {', '.join(runs)}" if runs else "opsctl sessions list")
+    if not runs:
+        raise _nothing(root.path)
+    if wish.run_id is not None and wish.run_id not in runs:
+        raise Refused(f"restore {wish.run_id} cannot be undone in {root.path}", hint=f"to undo: {', '.join(runs)}")
     run_id = wish.run_id or runs[0]
     folders = root.undoable(run_id)
     if wish.companies:
@@ -117,9 +142,12 @@ def _row(root: SessionsRoot, folder: str, wish: UndoWish, *, was_there: bool) ->
             found = contents(fd, company_id=None, environment=wish.environment)
     except FileNotFoundError:
         return UndoRow(folder, "put back")
+    except OSError:  # a file or a symbolic link, which an earlier restore had set aside
+        return UndoRow(folder, action)
     if found.holding is not Holding.LIVE or wish.discard_changes:
         return UndoRow(folder, action)
-    return UndoRow(folder, _REFUSED, (found.changed + found.missing + found.added)[:5])
+    written = (found.changed + found.missing + found.added)[:5]
+    return UndoRow(folder, _REFUSED, written, f"written since it was restored ({', '.join(map(ascii, written))})")
 
 
 def _counted(rows: Sequence[UndoRow]) -> str:
