@@ -4,7 +4,8 @@ Below the sessions folder lies `.opsctl/` (0700). A run R works in `staging-R/bu
 complete, verified and synced into `staging-R/ready/`, from where it is exchanged with the folder in place; what stands
 in `ready/` afterwards is the old one. At the end `ready/` becomes `aside-R/`. So every state can be read off the
 folders alone: in `ready/`, a folder whose manifest names R was not published; any other was set aside. No journal has
-to be kept in step with them.
+to be kept in step with them. Where the filesystem has no exchange, `staging-R/old/` (in an undo: `undoing-R/`) holds
+the folder that was in place between two renames, and whoever finds one there completes the exchange.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import fcntl
 import os
 import pwd
 import shutil
+import signal
 import socket
 import stat
 from contextlib import ExitStack, contextmanager, suppress
@@ -25,6 +27,7 @@ from typing import TYPE_CHECKING
 import orjson
 
 from opsctl.errors import Locked, Refused
+from opsctl.signals import held_back
 from opsctl.stores.folder import OPSCTL_FOLDER, opened, origin_of
 
 if TYPE_CHECKING:
@@ -34,7 +37,7 @@ if TYPE_CHECKING:
 ASIDE_KEPT = timedelta(days=7)
 
 _BUILDING, _READY, _OLD = "building", "ready", "old"
-_STAGING, _ASIDE, _TRASH = "staging-", "aside-", "trash-"
+_STAGING, _ASIDE, _UNDOING, _TRASH = "staging-", "aside-", "undoing-", "trash-"
 _HOLDER = "holder.json"
 
 _RENAME_NOREPLACE, _RENAME_EXCHANGE = 1, 2  # linux/fs.h
@@ -90,14 +93,17 @@ class SessionsRoot:
     def staging(self, run_id: str) -> Iterator[Staging]:
         """A place to build folders for run `run_id`. On leaving: old folders are set aside, the rest is removed."""
         staging = None
-        with self._made(_STAGING + run_id, self.own_fd) as fd:
+        with ExitStack() as descriptors:
             try:
-                with self._made(_BUILDING, fd) as building, self._made(_READY, fd) as ready:
+                with held_back():
+                    fd = descriptors.enter_context(self._made(_STAGING + run_id, self.own_fd))
+                    building = descriptors.enter_context(self._made(_BUILDING, fd))
+                    ready = descriptors.enter_context(self._made(_READY, fd))
                     staging = Staging(self, run_id, building, ready)
-                    yield staging
+                yield staging
             finally:
-                self._settle(run_id, published=None if staging is not None and staging.published else False)
-                self._remove_trash()
+                with held_back(signal.SIGALRM):  # what was done was done in time
+                    self._settle(run_id, published=None if staging is not None and staging.published else False)
 
     @contextmanager
     def _made(self, name: str, dir_fd: int) -> Iterator[int]:
@@ -110,44 +116,60 @@ class SessionsRoot:
         """Settle what killed runs left: old folders are set aside, unpublished ones become trash. Names the runs."""
         runs = self.unfinished_runs()
         for run_id in runs:
-            self._settle(run_id, published=None)
+            kept = self._settle(run_id, published=None)
+            self.forget_aside(kept, newest=run_id)
+        for name in os.listdir(self.own_fd):
+            if name.startswith(_UNDOING):
+                self._complete_undo(name.removeprefix(_UNDOING))
         return runs
 
     def unfinished_runs(self) -> tuple[str, ...]:
         """Runs that were killed, or that work while one looks without the lock."""
         return tuple(n.removeprefix(_STAGING) for n in sorted(os.listdir(self.own_fd)) if n.startswith(_STAGING))
 
-    def _settle(self, run_id: str, *, published: bool | None) -> None:
-        """End a run's staging. `published` None: read it off the folders."""
+    def _settle(self, run_id: str, *, published: bool | None) -> set[str]:
+        """End a run's staging, and name the folders that it set aside. `published` None: read it off the folders."""
         name = _STAGING + run_id
+        kept: set[str] = set()
+        if not _exists(name, self.own_fd):
+            return kept
         with opened(name, dir_fd=self.own_fd) as fd:
             if _exists(_OLD, fd):
                 with opened(_OLD, dir_fd=fd) as old, opened(_READY, dir_fd=fd) as ready:
-                    self._complete(run_id, old, ready)
-            kept = []
+                    self._complete(old, ready, publishing=run_id)
             if _exists(_READY, fd):
                 with opened(_READY, dir_fd=fd) as ready, opened(_BUILDING, dir_fd=fd) as building:
                     for folder in os.listdir(ready):
                         if _run_of(folder, ready) == run_id:
                             os.rename(folder, folder, src_dir_fd=ready, dst_dir_fd=building)
                         else:
-                            kept.append(folder)
-                if kept or published or (published is None and self._published_by(run_id)):
+                            kept.add(folder)
+                if kept or published or (published is None and self.published_by(run_id)):
                     os.rename(_READY, _ASIDE + run_id, src_dir_fd=fd, dst_dir_fd=self.own_fd)
         os.rename(name, _TRASH + run_id, src_dir_fd=self.own_fd, dst_dir_fd=self.own_fd)
         os.fsync(self.own_fd)
+        return kept
 
-    def _complete(self, run_id: str, old: int, ready: int) -> None:
-        """Finish exchanges that were made in two renames, on a filesystem that has no exchange."""
+    def _complete(self, old: int, here: int, *, publishing: str | None) -> None:
+        """Finish the exchanges that left a folder in `old`; when publishing, with none but a folder of that run."""
         for folder in os.listdir(old):
-            if not _exists(folder, self.fd) and _run_of(folder, ready) == run_id:
-                os.rename(folder, folder, src_dir_fd=ready, dst_dir_fd=self.fd)
+            waits = _exists(folder, here) and (publishing is None or _run_of(folder, here) == publishing)
+            if not _exists(folder, self.fd) and waits:
+                os.rename(folder, folder, src_dir_fd=here, dst_dir_fd=self.fd)
             if not _exists(folder, self.fd):
                 os.rename(folder, folder, src_dir_fd=old, dst_dir_fd=self.fd)
-            elif not _exists(folder, ready):
-                os.rename(folder, folder, src_dir_fd=old, dst_dir_fd=ready)
+            elif not _exists(folder, here):
+                os.rename(folder, folder, src_dir_fd=old, dst_dir_fd=here)
 
-    def _published_by(self, run_id: str) -> list[str]:
+    def _complete_undo(self, run_id: str) -> None:
+        with opened(_UNDOING + run_id, dir_fd=self.own_fd) as old:
+            if os.listdir(old):
+                with opened(_ASIDE + run_id, dir_fd=self.own_fd) as aside:
+                    self._complete(old, aside, publishing=None)
+        os.rmdir(_UNDOING + run_id, dir_fd=self.own_fd)
+
+    def published_by(self, run_id: str) -> list[str]:
+        """The folders in place that run `run_id` put there."""
         return [f for f in sorted(os.listdir(self.fd)) if f != OPSCTL_FOLDER and _run_of(f, self.fd) == run_id]
 
     def forget_aside(self, folders: set[str], *, newest: str) -> None:
@@ -158,7 +180,7 @@ class SessionsRoot:
                 continue
             with opened(name, dir_fd=self.own_fd) as aside:
                 there = set(os.listdir(aside))
-                undoable = there.union(self._published_by(name.removeprefix(_ASIDE)))  # also what was new
+                undoable = there.union(self.published_by(name.removeprefix(_ASIDE)))  # also what was new
                 age = now - datetime.fromtimestamp(os.fstat(aside).st_ctime, UTC)
                 if undoable <= folders or age > ASIDE_KEPT:
                     os.rename(name, _TRASH + name, src_dir_fd=self.own_fd, dst_dir_fd=self.own_fd)
@@ -167,7 +189,8 @@ class SessionsRoot:
                     trash = f"{_TRASH}{name}-{folder}"
                     os.rename(folder, trash, src_dir_fd=aside, dst_dir_fd=self.own_fd)
 
-    def _remove_trash(self) -> None:
+    def remove_trash(self) -> None:
+        """Delete what nobody needs any more, also what killed runs left of it."""
         for name in os.listdir(self.own_fd):
             if name.startswith(_TRASH):
                 shutil.rmtree(name, ignore_errors=True, dir_fd=self.own_fd)
@@ -179,7 +202,7 @@ class SessionsRoot:
     def undoable(self, run_id: str) -> dict[str, bool]:
         """The folders that undoing `run_id` would exchange: True where one was set aside, else False."""
         with opened(_ASIDE + run_id, dir_fd=self.own_fd) as aside:
-            return dict.fromkeys(self._published_by(run_id), False) | dict.fromkeys(sorted(os.listdir(aside)), True)
+            return dict.fromkeys(self.published_by(run_id), False) | dict.fromkeys(sorted(os.listdir(aside)), True)
 
     def undo(self, run_id: str, folder: str) -> None:
         """Exchange one published folder with the one set aside, or take it away where there was none before."""
@@ -189,7 +212,7 @@ class SessionsRoot:
             elif not _exists(folder, self.fd):
                 os.rename(folder, folder, src_dir_fd=aside, dst_dir_fd=self.fd)
             else:
-                exchange(folder, aside, self.fd)
+                exchange(folder, aside, self.fd, old=f"../{_UNDOING}{run_id}")
             os.fsync(aside)
         os.fsync(self.fd)
 
@@ -214,7 +237,7 @@ class Staging:
         os.rename(folder, folder, src_dir_fd=self.building_fd, dst_dir_fd=self._ready)
         self.published = True  # from here on a rename may have happened, whatever comes back
         if not _rename(folder, self._ready, self._root.fd, _RENAME_NOREPLACE):
-            exchange(folder, self._ready, self._root.fd)
+            exchange(folder, self._ready, self._root.fd, old=f"../{_OLD}")
 
     def sync_names(self) -> None:
         """Make the exchanges durable."""
@@ -222,16 +245,28 @@ class Staging:
         os.fsync(self._root.fd)
 
 
-def exchange(folder: str, here: int, there: int) -> None:
-    """Exchange two folders of one name in one step; in two renames and `old/` where the filesystem has no exchange."""
-    if _rename(folder, here, there, _RENAME_EXCHANGE):
+def exchange(folder: str, here: int, there: int, *, old: str) -> None:
+    """Exchange two folders of one name in one step, or put it there where there is none.
+
+    Where the filesystem cannot: in two renames, between which what was there stands in `old`, a path from `here`.
+    """
+    was_there = _exists(folder, there)
+    if was_there and _rename(folder, here, there, _RENAME_EXCHANGE):
         return
     with suppress(FileExistsError):
-        os.mkdir(f"../{_OLD}", 0o700, dir_fd=here)
-    with opened(f"../{_OLD}", dir_fd=here) as old:
-        os.rename(folder, folder, src_dir_fd=there, dst_dir_fd=old)
-        os.rename(folder, folder, src_dir_fd=here, dst_dir_fd=there)
-        os.rename(folder, folder, src_dir_fd=old, dst_dir_fd=here)
+        os.mkdir(old, 0o700, dir_fd=here)
+    with opened(old, dir_fd=here) as old_fd:
+        if was_there:
+            os.rename(folder, folder, src_dir_fd=there, dst_dir_fd=old_fd)
+        try:
+            os.rename(folder, folder, src_dir_fd=here, dst_dir_fd=there)
+        except OSError:
+            if was_there:
+                os.rename(folder, folder, src_dir_fd=old_fd, dst_dir_fd=there)
+            raise
+        if was_there:
+            os.rename(folder, folder, src_dir_fd=old_fd, dst_dir_fd=here)
+    os.rmdir(old, dir_fd=here)
 
 
 def _rename(folder: str, source: int, target: int, flag: int) -> bool:
@@ -319,11 +354,14 @@ def locked_root(path: Path, owner: Owner, *, run_id: str) -> Iterator[SessionsRo
                 _lock(fd, path)
                 with _own_folder(path, fd, owner) as own:
                     _write_holder(own, run_id)
+                    root = SessionsRoot(path, fd, own, owner)
                     try:
-                        yield SessionsRoot(path, fd, own, owner)
+                        yield root
                     finally:
-                        with suppress(OSError):
-                            os.unlink(_HOLDER, dir_fd=own)
+                        with held_back(signal.SIGALRM):
+                            root.remove_trash()
+                            with suppress(OSError):
+                                os.unlink(_HOLDER, dir_fd=own)
         finally:
             if made:
                 with suppress(OSError):  # as long as nothing is in it

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
 
 from opsctl.errors import OpsctlError, Refused, SourceUnavailable
+from opsctl.signals import held_back
 from opsctl.stores.folder import Contents, Holding, contents, opened
 from opsctl.stores.postgres import parse_row
 from opsctl.stores.staging import CompanyWriter, Order, Staged, read_back
@@ -116,6 +117,15 @@ class Writers:
         self.replies: queue.SimpleQueue[Reply] = queue.SimpleQueue()
 
     def __enter__(self) -> Self:
+        try:
+            with held_back():
+                self._fork()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def _fork(self) -> None:
         context = multiprocessing.get_context("fork")
         pipes = [context.Pipe() for _ in range(self._count)]
         for ours, theirs in pipes:
@@ -126,11 +136,11 @@ class Writers:
         for lane, (_, theirs) in zip(self._lanes, pipes, strict=True):
             theirs.close()
             lane.start()
-        return self
 
     def __exit__(self, *_: object) -> None:
-        for lane in self._lanes:
-            lane.stop()
+        with held_back():
+            for lane in self._lanes:
+                lane.stop()
 
     @property
     def previewing(self) -> bool:
@@ -183,14 +193,15 @@ class Lane:
         self._replies = replies
         self._queue: queue.Queue[bytes | Order | Verify] = queue.Queue(_QUEUE_CHUNKS)
         self._gone = threading.Event()
+        self._threads = [threading.Thread(target=work, daemon=True) for work in (self._feed, self._collect)]
 
     @property
     def waiting(self) -> int:
         return self._queue.qsize()
 
     def start(self) -> None:
-        threading.Thread(target=self._feed, daemon=True).start()
-        threading.Thread(target=self._collect, daemon=True).start()
+        for thread in self._threads:
+            thread.start()
 
     def put(self, message: bytes | Order | Verify) -> None:
         """Hand a message over; waits while the writer is behind. A writer that is gone has already replied `Failed`."""
@@ -203,12 +214,19 @@ class Lane:
         self._gone.set()
         self._process.kill()
         self._process.join()
+        with contextlib.suppress(queue.Full):
+            self._queue.put_nowait(END)  # wakes the one that feeds
+        for thread in self._threads:
+            if thread.ident is not None:
+                thread.join()  # before the connection is closed under them
         self._connection.close()
 
     def _feed(self) -> None:
         with contextlib.suppress(OSError, ValueError):
             while not self._gone.is_set():
                 message = self._queue.get()
+                if self._gone.is_set():
+                    return
                 if isinstance(message, bytes):
                     self._connection.send_bytes(message)
                 else:
