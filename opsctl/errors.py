@@ -10,6 +10,8 @@ class OpsctlError(Exception):
 
     exit_code = 70
     kind = "bug"
+    runbook: str | None = None
+    """The page that says how to go on."""
 
     def __init__(
         self, message: str, *, hint: str | None = None, kind: str | None = None, runbook: str | None = None
@@ -18,7 +20,7 @@ class OpsctlError(Exception):
         self.message = message
         self.hint = hint
         self.kind = kind or type(self).kind
-        self.runbook = runbook
+        self.runbook = runbook or type(self).runbook
 
 
 class UsageError(OpsctlError):

@@ -12,6 +12,7 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote
 
 from opsctl.errors import SettingsError
 
@@ -184,9 +185,12 @@ class Settings:
 
     def secrets(self) -> tuple[str, ...]:
         """Every secret value, and the password inside a connection string, for whoever scrubs text."""
-        found = [str(s.value) for s in self.all.values() if s.variable.secret and s.value]
-        inside = [m[1] for value in found if (m := re.search(r"://[^:@/]*:(.+)@", value))]
-        return tuple(sorted({*found, *inside}, key=len, reverse=True))
+        found = {str(s.value) for s in self.all.values() if s.variable.secret and s.value}
+        found |= {m for value in found for m in re.findall(r"://[^:@/]*:(.+)@", value)}
+        found |= {m for value in found for m in re.findall(r"\bpassword\s*=\s*'?([^\s&']+)", value)}
+        found |= {os.environ["PGPASSWORD"]} if os.environ.get("PGPASSWORD") else set()
+        found |= {unquote(value) for value in found}
+        return tuple(sorted(found, key=len, reverse=True))
 
 
 def load(env_file: Path | None = None, environ: Mapping[str, str] | None = None) -> Settings:

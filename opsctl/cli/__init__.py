@@ -29,7 +29,7 @@ app.add_typer(drill.app, name="drill")
 app.add_typer(config.app, name="config")
 
 
-def _version(wanted: bool) -> None:  # noqa: FBT001 - Typer's callback shape
+def _version(wanted: bool) -> None:
     if wanted:
         sys.stdout.write(f"opsctl {opsctl.__version__}\n")
         raise typer.Exit
@@ -38,7 +38,7 @@ def _version(wanted: bool) -> None:  # noqa: FBT001 - Typer's callback shape
 @app.callback(invoke_without_command=True)
 def opsctl_(
     ctx: typer.Context,
-    version: Annotated[  # noqa: ARG001 - acted upon by its callback
+    version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 EMERGENCY_DEADLINE_S = 60.0
 SHORTEST_DEADLINE_S, LONGEST_DEADLINE_S = 0.1, 86400.0
+_EMERGENCY_FAILED = frozenset({4, 5, 6, 70})
 BACKSTOP_S = 3.0
 """How long after its deadline a command that does not look at the clock itself is interrupted."""
 
@@ -249,11 +250,10 @@ class _Frame:
 
     def run(self, work: Callable[[], Report]) -> int:
         ending = self._ending(self._report_of(work))
-        try:
+        with _never_in_the_way("kept in the history"):
             self._keep(ending)
+        with _never_in_the_way("reported"):
             ending = self._alert(ending)
-        except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - neither may take the answer away
-            _say(f"opsctl: this run could not be recorded: {type(error).__name__}")
         run = self.invocation
         return _deliver(ending, json=run.json, quiet=run.quiet, verbose=run.verbose)
 
@@ -276,6 +276,10 @@ class _Frame:
     def _ending(self, report: Report) -> Ending:
         run = self.invocation
         elapsed_s = round(_seconds_since_start(self.since), 3)
+        if self.emergency and report.exit_code in _EMERGENCY_FAILED and report.rto_scope is None:
+            # The clock of the outage runs on, whatever this run could not do.
+            asked = tuple(run.options.get("company") or ())
+            report = replace(report, rto_scope="files", rto_met=False, companies=report.companies or asked)
         rto = None
         if report.rto_scope is not None:
             target_s = float(run.raw_settings["RTO_TARGET_SECONDS"])
@@ -317,17 +321,28 @@ class _Frame:
     def _alert(self, ending: Ending) -> Ending:
         nobody_watches = not sys.stderr.isatty()
         wanted = ending.exit_code in {1, 4, 6, 70} or (ending.exit_code in {3, 5} and nobody_watches)
-        if not wanted or not self.reports_failures:
-            return ending
         try:
             settings = self.invocation.raw_settings
         except SettingsError:
             return ending
-        if not settings["SENTRY_DSN"]:
+        if not settings["SENTRY_DSN"] or not self.reports_failures:
             return ending
         from opsctl import sentry
 
-        return replace(ending, sentry_event_id=sentry.report_failure(ending, settings))
+        if wanted:
+            return replace(ending, sentry_event_id=sentry.report_failure(ending, settings))
+        if nobody_watches:  # what an earlier run could not deliver leaves with the next job, not with the next failure
+            sentry.deliver_spooled(settings)
+        return ending
+
+
+@contextmanager
+def _never_in_the_way(what: str) -> Iterator[None]:
+    """Around what comes after the work: neither a bug nor Ctrl-C there may take the answer away."""
+    try:
+        yield
+    except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - see above
+        _say(f"opsctl: this run could not be {what}: {type(error).__name__}")
 
 
 def _bug(error: BaseException) -> Failure:

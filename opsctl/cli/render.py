@@ -104,8 +104,8 @@ def _complain(ending: Ending, *, one_line: bool) -> None:
 
 
 def rto_line(rto: Rto) -> str:
-    """`RTO 3.1 s of 600 s (files restored; connection not measured)`."""
-    scope = {"files": "files restored; WhatsApp's connection is not measured"}.get(rto.scope, rto.scope)
+    """`RTO: 3.1 s of 600 s, open (files; ...)`."""
+    scope = {"files": "files; WhatsApp's connection is not measured"}.get(rto.scope, rto.scope)
     verdict = {True: "met", False: "NOT met", None: "open"}[rto.met]
     return f"RTO: {rto.elapsed_s:.1f} s of {rto.target_s:g} s, {verdict} ({scope})"
 

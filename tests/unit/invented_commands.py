@@ -165,9 +165,16 @@ def ask(ctx: typer.Context, yes: Yes = False) -> Report:
     app, "emergency", emergency=True, examples=["opsctl emergency", "opsctl emergency --since 2026-01-31T03:04Z --json"]
 )
 def emergency(
-    ctx: typer.Context, companies: Companies = None, since: Since = None, met: bool = False, nap_s: float = 0
+    ctx: typer.Context,
+    companies: Companies = None,
+    since: Since = None,
+    met: bool = False,
+    nap_s: float = 0,
+    unreachable: bool = False,
 ) -> Report:
     """Restore something against the clock."""
+    if unreachable:
+        raise errors.SourceUnavailable("nothing answers")
     run: Invocation = ctx.obj
     with run.journal.step("export session files", total=1) as advance:
         time.sleep(nap_s)

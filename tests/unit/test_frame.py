@@ -555,13 +555,21 @@ def test_help_speaks_the_flags_own_words_for_values(place: Place) -> None:
 
 
 def test_the_rto_is_printed_and_open_until_whatsapp_is_connected(place: Place) -> None:
-    assert re.search(r"RTO: \d\.\d s of 600 s, open \(files restored", place.run("emergency").stdout)
+    assert re.search(
+        r"RTO: \d\.\d s of 600 s, open \(files; WhatsApp's connection is not measured\)", place.run("emergency").stdout
+    )
     rto = place.json("emergency")["rto"]
     assert list(rto) == ["target_s", "elapsed_s", "scope", "met", "steps"]
     assert (rto["target_s"], rto["scope"], rto["met"]) == (600.0, "files", None)
     assert [(s["name"], s["ok"]) for s in rto["steps"]] == [("export session files", True)]
     assert place.json("emergency", "--met")["rto"]["met"] is True
     assert place.json("group", "done")["rto"] is None
+
+
+def test_an_emergency_that_failed_still_tells_its_clock_and_is_not_met(place: Place) -> None:
+    document = place.json("emergency", "--unreachable", "--company", "962302")
+    assert (document["exit_code"], document["rto"]["scope"], document["rto"]["met"]) == (4, "files", False)
+    assert "NOT met" in place.run("emergency", "--unreachable").stderr + place.run("emergency", "--unreachable").stdout
 
 
 def test_slower_than_the_target_is_0_and_not_met(place: Place) -> None:
@@ -630,4 +638,4 @@ def test_a_user_without_a_home_is_told_that_there_is_no_history(place: Place) ->
     before = ("unshare", "--user", "--map-user=54321", "--map-group=54321", "env", "--unset=HOME")
     done = place.run("emergency", before=before, env={"OPSCTL_STATE_DIR": ""})
     assert done.returncode == 0, done.stderr
-    assert "opsctl: this run could not be recorded: SettingsError\n" in done.stderr
+    assert "opsctl: this run could not be kept in the history: SettingsError\n" in done.stderr
