@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import psycopg
-from psycopg import conninfo, waiting
+from psycopg import conninfo, generators, pq, waiting
 from psycopg.rows import class_row
 
 from opsctl.errors import DatabaseUnavailable, SettingsError
@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
     from typing import LiteralString
 
-    from psycopg.abc import PQGen
+    from psycopg.abc import Buffer, PQGen
+    from psycopg.pq.abc import PGconn, PGresult
 
     from opsctl.settings import Settings
 
@@ -233,9 +234,43 @@ def translated(error: psycopg.Error) -> DatabaseUnavailable:
     kind = {"42P01": "missing-table", "42703": "missing-column", "42501": "permission", "55P03": "locked"}.get(
         state, "corrupt" if state.startswith("XX") else "statement-failed"
     )
-    return DatabaseUnavailable(
-        f"PostgreSQL says: {primary} (SQLSTATE {state})", kind=kind, transient=state in _TRANSIENT_SQLSTATES
-    )
+    message, hint = f"PostgreSQL says: {primary} (SQLSTATE {state})", None
+    if kind == "locked":
+        message = f"another session has locked a table; {message}"
+        hint = "look for it in pg_stat_activity and pg_locks, end it, and type this again"
+    return DatabaseUnavailable(message, kind=kind, hint=hint, transient=state in _TRANSIENT_SQLSTATES)
+
+
+def copied(connection: Connection, statement: LiteralString, **values: Any) -> Iterator[Buffer]:  # noqa: ANN401
+    """The rows of a `COPY ... TO STDOUT`, one buffer each.
+
+    psycopg's own copy asks for a wait per row, which costs a restore more than reading the row.
+    """
+    pgconn = connection.pgconn
+    text = psycopg.ClientCursor(connection).mogrify(statement, values)
+    pgconn.send_query(text.encode())
+    _expect(connection.wait(generators.execute(pgconn)), pq.ExecStatus.COPY_OUT)
+    while True:
+        size, row = pgconn.get_copy_data(1)
+        if size > 0:
+            yield row
+        elif size == 0:
+            connection.wait(_more_input(pgconn))
+        else:
+            break
+    _expect(connection.wait(generators.fetch_many(pgconn)), pq.ExecStatus.COMMAND_OK)
+
+
+def _more_input(pgconn: PGconn) -> PQGen[None]:
+    while not (yield waiting.Wait.R):
+        pass
+    pgconn.consume_input()
+
+
+def _expect(results: list[PGresult], status: pq.ExecStatus) -> None:
+    for result in results:
+        if result.status != status:
+            raise psycopg.errors.error_from_result(result)
 
 
 def rows(

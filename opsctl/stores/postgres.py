@@ -108,12 +108,8 @@ class Snapshot:
 
     def key_rows(self, company_id: str) -> Iterator[Buffer]:
         """The company's keys as lines of COPY's text format (`parse_row` reads them), in no order."""
-        with (
-            _translating(),
-            self._connection.cursor() as cursor,
-            cursor.copy(query("copy_keys"), {"company_id": company_id}) as copy,
-        ):
-            yield from copy
+        with _translating():
+            yield from db.copied(self._connection, query("copy_keys"), company_id=company_id)
 
 
 @contextmanager
