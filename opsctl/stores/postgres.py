@@ -7,7 +7,7 @@ together, so everything is read inside one REPEATABLE READ transaction and nothi
 from __future__ import annotations
 
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import psycopg
@@ -24,17 +24,26 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
+class Identity:
+    """Which server it is."""
+
+    system_identifier: str
+    timeline: int
+
+
+@dataclass(frozen=True, slots=True)
 class Server:
     """Which server a snapshot is of. `system_identifier` and `timeline` are None where the role may not look."""
 
-    system_identifier: str | None
-    timeline: int | None
+    identifiable: bool
     in_recovery: bool
     server_version: int
     snapshot_at: str
     busy_since: str
     """15 minutes before the snapshot, in the same form as a record's times."""
     backend_pid: int
+    system_identifier: str | None = None
+    timeline: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +128,9 @@ def snapshot(connection: db.Connection) -> Iterator[Snapshot]:
         connection.execute("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY")
         connection.execute(query("prepare_snapshot"))
         (server,) = db.rows(connection, query("describe_server"), Server)
+        if server.identifiable:
+            (identity,) = db.rows(connection, query("identify_server"), Identity)
+            server = replace(server, system_identifier=identity.system_identifier, timeline=identity.timeline)
     yield Snapshot(connection, server)
     # No COMMIT: nothing was written, and closing the connection ends the transaction without waiting for an answer.
 
