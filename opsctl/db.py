@@ -32,6 +32,8 @@ T = TypeVar("T")
 
 STALL_S = 10.0
 """A server that says nothing for this long, in the middle of a step, counts as frozen."""
+COUNTING_STALL_S = 120.0
+"""But one that counts millions of rows on a starved disk is silent until it has counted them all."""
 CONNECT_S = 5.0
 """All attempts to connect together."""
 ATTEMPTS = 3
@@ -78,22 +80,30 @@ _SENTENCES = {
 
 
 class Connection(psycopg.Connection[Any]):
-    """A connection whose every wait ends at `give_up_at` (monotonic seconds) or after `STALL_S` of silence."""
+    """A connection whose every wait ends at `give_up_at` (monotonic seconds) or after `stall_s` of silence."""
 
     give_up_at: float = float("inf")
+    stall_s: float = STALL_S
 
     def wait(self, gen: PQGen[Any], interval: float = _INTERVAL_S, timeout: float | None = None) -> Any:  # noqa: ANN401
         """Wait as psycopg does, but bounded, and without its cancel on Ctrl-C (a frozen server would hold that)."""
-        bound = min(STALL_S, self.give_up_at - time.monotonic())
+        bound = min(self.stall_s, self.give_up_at - time.monotonic())
         if timeout is not None:
             bound = min(bound, timeout)
         try:
             return waiting.wait(gen, self.pgconn.socket, interval=interval, timeout=max(bound, 0.001))
         except psycopg.errors._WaitTimeout:  # noqa: SLF001 - what waiting.wait documents to raise
             self.pgconn.finish()
-            raise DatabaseUnavailable(
-                "PostgreSQL stopped answering in the middle of a step", kind="frozen", hint="opsctl triage"
-            ) from None
+            if time.monotonic() >= self.give_up_at:
+                raise DatabaseUnavailable("PostgreSQL was not done when the deadline came", kind="deadline") from None
+            raise DatabaseUnavailable("PostgreSQL stopped answering in the middle of a step", kind="frozen") from None
+
+    @contextmanager
+    def counting(self) -> Iterator[None]:
+        """Around a statement that reads whole tables before its first row."""
+        self.stall_s = COUNTING_STALL_S
+        yield
+        self.stall_s = STALL_S
 
 
 def address(settings: Settings) -> dict[str, Any]:
@@ -206,7 +216,6 @@ def _connect_once(parameters: Mapping[str, Any], give_up_at: float) -> Connectio
         raise DatabaseUnavailable(
             f"PostgreSQL at {place(parameters)} did not answer within {patience_s:.1f} s",
             kind="frozen",
-            hint="opsctl triage",
         )
     if isinstance(results[0], psycopg.Error):
         raise _connection_failure(results[0], parameters)

@@ -42,7 +42,21 @@ class SourceUnavailable(OpsctlError):
 
     exit_code = 4
     kind = "no-source"
-    runbook = "1 PostgreSQL unreachable"
+    runbook = "runbooks/1-postgresql-unreachable.md"
+
+
+ANOTHER_SERVER = "point DATABASE_URL at a server that answers (a replica, a restored backup), then type it again"
+HINTS = {
+    "authentication": "opsctl config show, then correct the role or its password",
+    "missing-database": "opsctl config show, then correct the database's name",
+    "missing-table": "opsctl config show: is this the right database?",
+    "missing-column": "opsctl config show: is this the right database?",
+    "no-rows": "opsctl config show: is this the right database? If so, point DATABASE_URL at a restored backup",
+    "permission": "grant the role SELECT on whatsapp_auth and whatsapp_keys",
+    "tls": "check sslmode in DATABASE_URL, or POSTGRES_SSL_MODE",
+    "too-many-clients": "end idle sessions on the server, then type it again",
+}
+"""What to type next, by what is wrong with the database; else another server is needed."""
 
 
 class DatabaseUnavailable(SourceUnavailable):
@@ -53,7 +67,7 @@ class DatabaseUnavailable(SourceUnavailable):
     def __init__(
         self, message: str, *, hint: str | None = None, kind: str | None = None, transient: bool = False
     ) -> None:
-        super().__init__(message, hint=hint, kind=kind)
+        super().__init__(message, hint=hint or HINTS.get(kind or "", ANOTHER_SERVER), kind=kind)
         self.transient = transient
 
 

@@ -19,6 +19,7 @@ PostgreSQL is down and WhatsApp with it? In this order:
 """
 
 app = typer.Typer(
+    cls=frame.Group,
     name="opsctl",
     rich_markup_mode=None,
     pretty_exceptions_enable=False,

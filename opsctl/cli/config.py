@@ -2,10 +2,10 @@
 
 import typer
 
-from opsctl.cli.frame import Invocation, command
+from opsctl.cli.frame import Group, Invocation, command
 from opsctl.report import Report
 
-app = typer.Typer(help="Effective settings and whether this installation is ready.")
+app = typer.Typer(cls=Group, help="Effective settings and whether this installation is ready.")
 
 
 @command(
@@ -14,8 +14,8 @@ app = typer.Typer(help="Effective settings and whether this installation is read
     needs_settings=False,
     reports_failures=False,
     examples=(
-        "opsctl config show                                what is set, and where",
-        "opsctl config show --verbose                      and what each variable means",
+        "opsctl config show                  what is set, and where",
+        "opsctl config show --verbose        and what each variable means",
         "opsctl config show --json | jq '.rows[] | select(.problem)'",
     ),
 )
@@ -32,8 +32,8 @@ def show(ctx: typer.Context) -> Report:
     "check",
     needs_settings=False,
     examples=(
-        "opsctl config check                               before the night, not in it",
-        "opsctl config check --quiet                       for cron: silent while all is well",
+        "opsctl config check                 before the night, not in it",
+        "opsctl config check --quiet         for cron: silent while all is well",
     ),
 )
 def check(ctx: typer.Context) -> Report:

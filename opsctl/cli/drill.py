@@ -5,10 +5,10 @@ from typing import Annotated
 
 import typer
 
-from opsctl.cli.frame import Invocation, command
+from opsctl.cli.frame import Group, Invocation, command
 from opsctl.report import Report
 
-app = typer.Typer(help="A whole disaster, rehearsed on an embedded PostgreSQL.")
+app = typer.Typer(cls=Group, help="A whole disaster, rehearsed on an embedded PostgreSQL.")
 
 
 @command(
@@ -18,8 +18,8 @@ app = typer.Typer(help="A whole disaster, rehearsed on an embedded PostgreSQL.")
     reports_failures=False,
     needs_settings=False,
     examples=(
-        "opsctl drill run                                  20 companies x 2,317 keys",
-        "opsctl drill run --companies 3 --keys 200         a quick one",
+        "opsctl drill run                              20 companies x 2,317 keys",
+        "opsctl drill run --companies 3 --keys 200     a quick one",
         "opsctl drill run --json",
     ),
 )

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from opsctl.cli.frame import Companies, DryRun, Invocation, Since, Yes, command
+from opsctl.cli.frame import Companies, DryRun, Group, Invocation, Since, Yes, command
 from opsctl.report import Report
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from opsctl.stores.postgres import Snapshot
     from opsctl.stores.publishing import Owner
 
-app = typer.Typer(help="Baileys session folders: restore, verify, list, undo.")
+app = typer.Typer(cls=Group, help="Baileys session folders: restore, verify, list, undo.")
 
 To = Annotated[
     Path | None, typer.Option("--to", metavar="DIR", help="The sessions folder. Else SESSIONS_DIR, else APP_DIR/...")
@@ -42,8 +42,8 @@ class Against(StrEnum):
     "restore",
     emergency=True,
     examples=(
-        "opsctl sessions restore --service-stopped         everything, after the service was stopped",
-        "opsctl sessions restore --dry-run                 what would happen, and the space it needs",
+        "opsctl sessions restore --service-stopped     everything, freshly",
+        "opsctl sessions restore --dry-run             what would happen",
         "opsctl sessions restore --company 962302 --to /srv/sessions",
         "opsctl sessions restore --service-stopped --discard-changes --yes --json",
     ),
@@ -109,8 +109,8 @@ def restore(
     "undo",
     emergency=True,
     examples=(
-        "opsctl sessions undo --dry-run                    which folders would be exchanged",
-        "opsctl sessions undo --yes                        the last restore; typed again, it is redone",
+        "opsctl sessions undo --dry-run      which folders would be exchanged",
+        "opsctl sessions undo --yes          the last restore; again: redone",
         "opsctl sessions undo --company 962302 --yes",
     ),
 )
@@ -143,7 +143,7 @@ def undo(
     app,
     "verify",
     examples=(
-        "opsctl sessions verify /srv/sessions              every company below it",
+        "opsctl sessions verify /srv/sessions          every company below it",
         "opsctl sessions verify /srv/sessions/company_962302",
         "opsctl sessions verify /srv/sessions --against database",
     ),
@@ -176,7 +176,7 @@ def verify(
     app,
     "list",
     examples=(
-        "opsctl sessions list                              every company, in the database and as folders",
+        "opsctl sessions list      every company, in the database and as folders",
         "opsctl sessions list --company 962302 --json",
     ),
 )

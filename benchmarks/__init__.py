@@ -1,0 +1,1 @@
+"""Programs that measure opsctl and exit 1 when a bar is missed; the `*.txt` beside them is their last output."""
