@@ -43,9 +43,8 @@ def rounds_of(contestants: Mapping[str, Callable[[], float]], count: int) -> lis
 
 def verdict(rounds: list[dict[str, float]], bars: list[Bar]) -> int:
     """Print medians and bars; 0 if all hold, else 1."""
-    say(
-        f"\n{platform.python_implementation()} {platform.python_version()}, {platform.machine()}, medians of {len(rounds)}:"
-    )
+    machine = f"{platform.python_implementation()} {platform.python_version()}, {platform.machine()}"
+    say(f"\n{machine}, medians of {len(rounds)}:")
     for name in rounds[0]:
         times = [r[name] for r in rounds]
         say(f"  {name:<28} {statistics.median(times):8.3f} s   ({min(times):.3f} to {max(times):.3f})")

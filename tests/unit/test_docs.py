@@ -5,12 +5,15 @@ from __future__ import annotations
 import re
 import shlex
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from opsctl import errors
 from opsctl.settings import env_example
-from tests.conftest import RunOpsctl
+
+if TYPE_CHECKING:
+    from tests.conftest import RunOpsctl
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "runbooks").glob("*.md"))]
