@@ -18,7 +18,14 @@ NOT_PROVEN = "not proven here: "
 POSTGRESQL_15 = Path("/usr/lib/postgresql/15/bin")
 """Where Debian's packages put the major version that production has."""
 
-_PROGRAMS = {"pgbouncer": "pgbouncer", "e2fsprogs": "mkfs.ext4", "tmux": "tmux", "psmisc": "fuser", "cron": "crontab"}
+_PROGRAMS = {
+    "pgbouncer": "pgbouncer",
+    "e2fsprogs": "mkfs.ext4",
+    "fuse2fs": "fuse2fs",
+    "tmux": "tmux",
+    "psmisc": "fuser",
+    "cron": "crontab",
+}
 
 
 def root() -> pytest.MarkDecorator:

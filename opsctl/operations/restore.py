@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 import opsctl
 from opsctl.baileys.filenames import UnwritableName, folder_name
-from opsctl.errors import DatabaseUnavailable, Refused, SourceUnavailable
+from opsctl.errors import DatabaseUnavailable, OpsctlError, Refused, SourceUnavailable
 from opsctl.report import Column, Failure, Report
 from opsctl.stores.folder import Holding, opened
-from opsctl.stores.publishing import SessionsRoot, Staging, check_root, locked_root
+from opsctl.stores.publishing import SessionsRoot, Staging, check_root, locked_root, readable_root
 from opsctl.stores.records import Origin
 from opsctl.stores.staging import Order, Staged
 from opsctl.stores.writers import ABORT, CHUNK_BYTES, END, Advanced, Compared, Workplace, Writers
@@ -64,7 +64,7 @@ class Result(StrEnum):
     DAMAGED = "damaged"
     """The source's credentials or rows cannot be used."""
     LATE = "too late"
-    """The deadline came first."""
+    """The deadline, or a disk that gave up, came first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,19 +144,38 @@ def restore(
     Raises `DatabaseUnavailable`, `Refused`, `Locked`, all with nothing changed.
     """
     check_root(wish.target, wish.owner)
+    staging = None
     with ExitStack() as database:
         snapshot, work, tenants = _begin(database, open_snapshot, wish, journal)
-        with locked_root(wish.target, wish.owner, run_id=wish.run_id) as root:
-            for run_id in root.recover():
-                work.details.append(f"run {run_id} was killed; what it left was tidied up")
-            with root.staging(wish.run_id) as staging:
-                place = Workplace(wish.target, root.fd, staging.building_fd, wish.owner, wish.environment)
-                with Writers(place) as writers:
-                    _copy(snapshot, tenants, writers, work, journal=journal, remaining=remaining)
-                    database.close()
-                    compared = _verify(staging, writers, work, journal=journal, remaining=remaining)
-                _publish(root, staging, compared, work, journal=journal, remaining=remaining)
+        try:
+            with locked_root(wish.target, wish.owner, run_id=wish.run_id) as root:
+                for run_id in root.recover():
+                    work.details.append(f"run {run_id} was killed; what it left was tidied up")
+                with root.staging(wish.run_id) as staging:
+                    place = Workplace(wish.target, root.fd, staging.building_fd, wish.owner, wish.environment)
+                    with Writers(place) as writers:
+                        _copy(snapshot, tenants, writers, work, journal=journal, remaining=remaining)
+                        database.close()
+                        compared = _verify(staging, writers, work, journal=journal, remaining=remaining)
+                    _publish(root, staging, compared, work, journal=journal, remaining=remaining)
+        except (OpsctlError, OSError) as error:
+            if staging is None or not staging.published:
+                raise
+            _settle_the_rest(work, error)
     return _report(work)
+
+
+def _settle_the_rest(work: _Work, error: OpsctlError | OSError) -> None:
+    """After something was published an error is no answer any more: what stands in place is, and what is missing."""
+    wish = work.wish
+    reason = error.message if isinstance(error, OpsctlError) else f"{wish.target}: {error.strerror}"
+    with readable_root(wish.target, wish.owner) as root:
+        standing = root.published_by(wish.run_id) if root else []
+    late = [row for row in work.rows.values() if row.result is Result.RESTORED and row.folder not in standing]
+    for row in late:
+        work.settle(replace(row, result=Result.LATE, reason=reason))
+    if not late:
+        work.warnings.append(f"everything is in place, but what came after did not end well: {reason}")
 
 
 def preview_restore(

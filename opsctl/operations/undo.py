@@ -125,6 +125,9 @@ def _plan(root: SessionsRoot, wish: UndoWish) -> tuple[str, list[UndoRow]]:
                 f"restore {run_id} did not publish {', '.join(unknown)}", hint="opsctl sessions undo --dry-run"
             )
         folders = {name: aside for name, aside in folders.items() if name in wanted}
+    if standing := folders.keys() & set(root.published_by(run_id)):
+        # Some were exchanged already, by an undo that was killed or one of single companies: finish, do not reverse.
+        folders = {name: aside for name, aside in folders.items() if name in standing}
     return run_id, [_row(root, name, wish, was_there=aside) for name, aside in sorted(folders.items())]
 
 

@@ -88,12 +88,12 @@ class Snapshot:
 
     def tenants(self) -> list[Tenant]:
         """Every company that has credentials or keys, by id."""
-        with _translating():
+        with _translating(), self._connection.counting():
             return db.rows(self._connection, query("list_companies"), Tenant)
 
     def key_counts(self) -> list[KeyCount]:
         """Keys per company and type."""
-        with _translating():
+        with _translating(), self._connection.counting():
             return db.rows(self._connection, query("count_keys"), KeyCount)
 
     @contextmanager
