@@ -584,7 +584,7 @@ def _failure(done: Sequence[CompanyRow], missing: Sequence[CompanyRow]) -> tuple
 def _warnings(work: _Work, rows: Sequence[CompanyRow]) -> list[str]:
     out = list(work.warnings)
     wish = work.wish
-    restored = [row for row in rows if row.keys]
+    restored = [row for row in rows if row.keys_by_type is not None]
     for row in restored:
         out += [f"{row.company}: {warning}" for warning in row.warnings]
     if restored and not wish.service_stopped:
