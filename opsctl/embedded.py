@@ -170,7 +170,7 @@ class EmbeddedServer:
         if done.returncode != 0:
             raise EmbeddedServerError(
                 f"initdb failed: {_last_words(done.stderr)}",
-                hint=f"look at {self.data_dir.parent}, and at the disk's free space",
+                hint="df -h; df -i",
             )
         ours = {
             "listen_addresses": "" if self.password is None else "127.0.0.1",
@@ -399,4 +399,7 @@ def _quoted(value: str) -> str:
 
 
 def _last_words(log: str) -> str:
-    return "; ".join(log.splitlines()[-2:]) or "it said nothing"
+    """The last two lines; before them the first fatal one, which the last ones may only follow from."""
+    lines = log.splitlines()
+    fatal = [line for line in lines[:-2] if " FATAL: " in line][:1]
+    return "; ".join(fatal + lines[-2:]) or "it said nothing"

@@ -11,7 +11,7 @@ import random
 import shutil
 import tempfile
 import time
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,8 @@ import psycopg
 
 from opsctl import process
 from opsctl.baileys.filenames import CREDS_FILE
-from opsctl.embedded import embedded_server
+from opsctl.embedded import EmbeddedServerError, embedded_server
+from opsctl.errors import Refused
 from opsctl.operations.fleet import create_schema, seed_fleet
 from opsctl.queries import query
 from opsctl.report import Column, Failure, Report
@@ -68,20 +69,21 @@ class _Scene:
         )
 
     def folders(self) -> list[Path]:
+        if not self.sessions.is_dir():
+            return []
         return sorted(p for p in self.sessions.iterdir() if p.name != OPSCTL_FOLDER)
 
 
 def run_drill(*, companies: int, keys: int, seed: int, scratch: Path | None, journal: Journal) -> Report:
-    """Seed `companies` x `keys`, break, restore and verify. Everything that is made is removed."""
+    """Seed `companies` x `keys`, break, restore and verify. Everything that is made is removed.
+
+    Raises `Refused` where no drill can be held: no embedded PostgreSQL, no space, no such scratch folder.
+    """
     checks: list[Check] = []
-    with _scratch_folder(scratch) as folder:
+    with _translating(scratch), _scratch_folder(scratch) as folder, ExitStack() as running:
         with journal.step("start an embedded PostgreSQL"):
-            running = embedded_server(folder)
-            server = running.__enter__()
-        try:
-            elapsed_s = _rehearse(server, folder, checks, companies=companies, keys=keys, seed=seed, journal=journal)
-        finally:
-            running.__exit__(None, None, None)
+            server = running.enter_context(embedded_server(folder))
+        elapsed_s = _rehearse(server, folder, checks, companies=companies, keys=keys, seed=seed, journal=journal)
     failed = [check for check in checks if not check.passed]
     failure = None
     if failed:
@@ -105,6 +107,22 @@ def run_drill(*, companies: int, keys: int, seed: int, scratch: Path | None, jou
         rto_elapsed_s=elapsed_s,
         rto_met=False if failed else None,
     )
+
+
+@contextmanager
+def _translating(scratch: Path | None) -> Iterator[None]:
+    place = scratch or Path(tempfile.gettempdir())
+    try:
+        yield
+    except EmbeddedServerError as error:
+        raise Refused(f"no drill can be held: {error}", kind="no-embedded-server", hint=error.hint) from None
+    except (psycopg.Error, OSError) as error:
+        why = error.strerror if isinstance(error, OSError) else error.diag.message_primary or "its PostgreSQL gave up"
+        raise Refused(
+            f"no drill can be held in {place}: {why}",
+            kind="no-scratch",
+            hint=f"df -h {place}, or pass another --scratch",
+        ) from None
 
 
 @contextmanager
@@ -134,6 +152,8 @@ def _rehearse(
     with journal.step("a copy in peacetime"):
         first = scene.opsctl("sessions", "restore", "--service-stopped")
         checks.append(_check("a copy into an empty folder", first, f"{companies} of {companies} companies"))
+    if not checks[-1].passed:
+        return 0.0  # the rest would fail for this reason
     with journal.step("the service writes on; folders are torn"):
         with psycopg.connect(server.conninfo()) as connection:
             connection.execute(query("drill_writes"))
@@ -249,11 +269,13 @@ def _killed_half_way(scene: _Scene, source: random.Random) -> Check:
         process.opsctl_words("sessions", "restore", *_OVER_EVERYTHING), environment=scene.environment
     )
     own = scene.sessions / OPSCTL_FOLDER
-    while killed.poll() is None and not list(own.glob("staging-*/building/*")):
-        time.sleep(0.005)
-    time.sleep(source.uniform(0, 0.3))
-    killed.kill()
-    killed.wait()
+    try:
+        while killed.poll() is None and not list(own.glob("staging-*/building/*")):
+            time.sleep(0.005)
+        time.sleep(source.uniform(0, 0.3))
+    finally:
+        killed.kill()
+        killed.wait()
     old = new = 0
     for path in scene.folders():
         if before.get(path.name) == (found := _digests(path)):

@@ -22,7 +22,7 @@ from opsctl.stores.folder import Holding, opened
 from opsctl.stores.publishing import SessionsRoot, Staging, check_root, locked_root, readable_root
 from opsctl.stores.records import Origin
 from opsctl.stores.staging import Order, Staged
-from opsctl.stores.writers import ABORT, CHUNK_BYTES, END, Advanced, Compared, Workplace, Writers
+from opsctl.stores.writers import ABORT, END, Advanced, Compared, Workplace, Writers
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -154,7 +154,8 @@ def restore(
                 with root.staging(wish.run_id) as staging:
                     place = Workplace(wish.target, root.fd, staging.building_fd, wish.owner, wish.environment)
                     with Writers(place) as writers:
-                        _copy(snapshot, tenants, writers, work, journal=journal, remaining=remaining)
+                        with staging.flushing():
+                            _copy(snapshot, tenants, writers, work, journal=journal, remaining=remaining)
                         database.close()
                         compared = _verify(staging, writers, work, journal=journal, remaining=remaining)
                     _publish(root, staging, compared, work, journal=journal, remaining=remaining)
@@ -250,9 +251,7 @@ def _select(everybody: Sequence[Tenant], work: _Work) -> list[Tenant]:
     """The companies to restore. Those that cannot be are settled as refused; raises where nothing was asked rightly."""
     wish = work.wish
     if not any(tenant.has_creds for tenant in everybody):
-        raise DatabaseUnavailable(
-            "the database holds no credentials: whatsapp_auth is empty", kind="no-rows", hint="opsctl triage"
-        )
+        raise DatabaseUnavailable("the database holds no credentials: whatsapp_auth is empty", kind="no-rows")
     known = {tenant.company_id: tenant for tenant in everybody}
     unknown = sorted(set(wish.companies) - known.keys())
     if unknown:
@@ -378,16 +377,8 @@ def _stream(snapshot: Snapshot, company: str, writers: Writers, wish: Wish) -> b
             )
         )
         try:
-            chunk: list[Any] = []
-            size = 0
-            for row in snapshot.key_rows(company):
-                chunk.append(row)
-                size += len(row)
-                if size > CHUNK_BYTES:
-                    lane.put(b"".join(chunk))
-                    chunk, size = [], 0
-            if chunk:
-                lane.put(b"".join(chunk))
+            for rows in snapshot.key_rows(company):
+                lane.put(rows)
         except DatabaseUnavailable:
             lane.put(ABORT)
             raise
@@ -415,7 +406,9 @@ def _staged_row(staged: Staged, wish: Wish, seconds: float) -> CompanyRow:
     counts = staged.keys_by_type
     sender = counts.get("sender-key", 0) + counts.get("sender-key-memory", 0)
     pre_keys, sessions = counts.get("pre-key", 0), counts.get("session", 0)
-    if staged.unusable and not wish.accept_damaged:
+    if staged.damage is not None:
+        result, reason = Result.DAMAGED, staged.damage
+    elif staged.unusable and not wish.accept_damaged:
         result, reason = Result.DAMAGED, f"its credentials cannot log in: {'; '.join(staged.unusable)}"
     else:
         result, reason = Result.RESTORED, None

@@ -7,6 +7,7 @@ import stat
 from dataclasses import dataclass
 from enum import StrEnum
 from hashlib import sha256
+from itertools import chain
 from typing import TYPE_CHECKING
 
 import orjson
@@ -22,7 +23,7 @@ from opsctl.baileys.filenames import (
 from opsctl.errors import Refused
 from opsctl.report import Column, Failure, Report
 from opsctl.stores.folder import OPSCTL_FOLDER, entries_of, opened, origin_of, read_file
-from opsctl.stores.postgres import parse_row
+from opsctl.stores.postgres import parse_rows
 from opsctl.stores.records import FileEntry, ManifestDamaged
 from opsctl.stores.staging import Warnings
 
@@ -265,8 +266,7 @@ def _difference(snapshot: Snapshot, company: str, path: Path, digests: dict[str,
     rows: dict[str, tuple[str, bool]] = {}
     with snapshot.company():
         creds = snapshot.creds(company)
-        for line in snapshot.key_rows(company):
-            record = parse_row(bytes(line))
+        for record in chain.from_iterable(map(parse_rows, snapshot.key_rows(company))):
             try:
                 name = key_file_name(record.key_type, record.key_id)
             except UnwritableName:

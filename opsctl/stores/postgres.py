@@ -20,8 +20,6 @@ from opsctl.stores.records import Record
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from psycopg.abc import Buffer
-
 
 @dataclass(frozen=True, slots=True)
 class Identity:
@@ -115,8 +113,8 @@ class Snapshot:
             found = db.rows(self._connection, query("read_creds"), Creds, company_id=company_id)
         return found[0] if found else None
 
-    def key_rows(self, company_id: str) -> Iterator[Buffer]:
-        """The company's keys as lines of COPY's text format (`parse_row` reads them), in no order."""
+    def key_rows(self, company_id: str) -> Iterator[bytes]:
+        """The company's keys, in no order: lines of COPY's text format, many at a time (`parse_rows` reads them)."""
         with _translating():
             yield from db.copied(self._connection, query("copy_keys"), company_id=company_id)
 
@@ -146,13 +144,19 @@ def _translating() -> Iterator[None]:
 _ESCAPES = {b"b": b"\b", b"f": b"\f", b"n": b"\n", b"r": b"\r", b"t": b"\t", b"v": b"\v"}
 
 
+def parse_rows(lines: bytes) -> Iterator[Record]:
+    """Lines of COPY's text format, each with its line break, as records."""
+    # COPY escapes every line break inside a field.
+    return map(parse_row, lines.splitlines())
+
+
 def parse_row(line: bytes) -> Record:
     r"""One line of COPY's text format (PostgreSQL manual, COPY, "Text Format") as a record.
 
-    >>> parse_row(b'pre-key\t5\t{"a": "\\\\n"}\t2026-01-31 03:04:05+00\t\\N\n')
+    >>> parse_row(b'pre-key\t5\t{"a": "\\\\n"}\t2026-01-31 03:04:05+00\t\\N')
     Record(key_type='pre-key', key_id='5', value=b'{"a": "\\n"}', updated_at='2026-01-31 03:04:05+00', expires_at=None)
     """
-    key_type, key_id, value, updated_at, expires_at = line[:-1].split(b"\t")
+    key_type, key_id, value, updated_at, expires_at = line.split(b"\t")
     if b"\\" in line:
         if b"\\" in key_id or b"\\" in key_type:
             key_type, key_id = _unescaped(key_type), _unescaped(key_id)

@@ -19,6 +19,7 @@ import shutil
 import signal
 import socket
 import stat
+import threading
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -39,6 +40,7 @@ ASIDE_KEPT = timedelta(days=7)
 _BUILDING, _READY, _OLD = "building", "ready", "old"
 _STAGING, _ASIDE, _UNDOING, _TRASH = "staging-", "aside-", "undoing-", "trash-"
 _HOLDER = "holder.json"
+_FLUSH_EVERY_S = 0.5
 
 _RENAME_NOREPLACE, _RENAME_EXCHANGE = 1, 2  # linux/fs.h
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -231,6 +233,25 @@ class Staging:
         """One sync of the filesystem for all that was written. Raises OSError for what the disk did not take."""
         if _libc.syncfs(self.building_fd) != 0:
             raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+
+    @contextmanager
+    def flushing(self) -> Iterator[None]:
+        """Let the disk work while writers do: what is left for `sync` afterwards is little.
+
+        Errors are left for `sync` to tell; a block that fails does not wait for the disk.
+        """
+        stop = threading.Event()
+
+        def flush() -> None:
+            while not stop.wait(_FLUSH_EVERY_S):
+                _libc.syncfs(self.building_fd)
+
+        thread = threading.Thread(target=flush, name="flush", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            stop.set()
 
     def publish(self, folder: str) -> None:
         """Put one verified folder in place."""

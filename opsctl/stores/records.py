@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import orjson
 
@@ -64,6 +64,9 @@ class Origin:
     opsctl: str
 
 
+_FIELDS = ("sha256", "type", "id", "form", "updated_at", "expires_at")
+
+
 class ManifestDamaged(ValueError):
     """The manifest is not one of ours, or torn."""
 
@@ -73,16 +76,8 @@ def manifest_lines(origin: Origin, entries: Iterable[tuple[str, FileEntry]]) -> 
     head = orjson.dumps({"schema": MANIFEST_SCHEMA, **asdict(origin)})
     yield head[:-1] + b',"files":{\n'
     separator = b""
-    for name, (sha256, key_type, key_id, form, updated_at, expires_at) in entries:
-        fields = {
-            "sha256": sha256,
-            "type": key_type,
-            "id": key_id,
-            "form": form,
-            "updated_at": updated_at,
-            "expires_at": expires_at,
-        }
-        yield separator + orjson.dumps({name: fields})[1:-1]
+    for name, entry in entries:
+        yield separator + orjson.dumps({name: dict(zip(_FIELDS, entry, strict=True))})[1:-1]
         separator = b",\n"
     yield b"\n" + _END
 
@@ -110,16 +105,10 @@ def _files(lines: Iterator[bytes]) -> Iterator[tuple[str, FileEntry]]:
             return
         try:
             ((name, fields),) = orjson.loads(b"{" + line.rstrip(b",\n") + b"}").items()
-            yield name, _entry(fields)
+            yield name, FileEntry(*(fields[field] for field in _FIELDS))
         except (orjson.JSONDecodeError, KeyError, TypeError, ValueError, AttributeError):
             raise ManifestDamaged("a line of it cannot be read") from None
     raise ManifestDamaged("its end is missing")
-
-
-def _entry(fields: dict[str, Any]) -> FileEntry:
-    return FileEntry(
-        fields["sha256"], fields["type"], fields["id"], fields["form"], fields["updated_at"], fields["expires_at"]
-    )
 
 
 _DIGEST = re.compile(rb'"([^"\\]+)":\{"sha256":"([0-9a-f]{64})",')

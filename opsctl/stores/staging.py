@@ -16,7 +16,7 @@ from opsctl.baileys.filenames import CREDS_FILE, MANIFEST_FILE, UnwritableName, 
 from opsctl.stores.folder import digests_of, read_file
 from opsctl.stores.records import CREDS_TYPE, FileEntry, Origin, Record, manifest_lines
 
-_CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+_CREATE = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _EXAMPLES = 3
 _LISTED = 1_000
 _BLOCK = 4096
@@ -75,8 +75,8 @@ class Staged:
     company_id: str
     folder: str
     keys_by_type: dict[str, int]
-    size_bytes: int
     allocated_bytes: int
+    """On disk, by whole blocks; counted only where nothing is written."""
     busy_chats: int
     dropped_keys: int
     left_out: tuple[LeftOut, ...]
@@ -85,6 +85,8 @@ class Staged:
     unusable: tuple[str, ...]
     """Why the credentials cannot log in; not empty means: not published without `--accept-damaged`."""
     registered: bool
+    damage: str | None
+    """What did not read back as it was written."""
 
     @property
     def key_count(self) -> int:
@@ -105,7 +107,8 @@ class CompanyWriter:
         self._counts: Counter[str] = Counter()
         self._warnings = Warnings()
         self._left_out: list[LeftOut] = []
-        self._size = self._allocated = self._busy = self._dropped = 0
+        self._allocated = self._busy = self._dropped = 0
+        self._damage: str | None = None
         normalised = buffers.normalise(order.creds)
         self._creds_form = normalised.form
         self._examined = credentials.examine(normalised.data)
@@ -162,7 +165,6 @@ class CompanyWriter:
             company_id=order.origin.company_id,
             folder=order.folder,
             keys_by_type=dict(sorted(self._counts.items())),
-            size_bytes=self._size,
             allocated_bytes=self._allocated,
             busy_chats=self._busy,
             dropped_keys=self._dropped,
@@ -170,23 +172,27 @@ class CompanyWriter:
             warnings=self._warnings.sentences(),
             unusable=unusable,
             registered=self._examined.registered,
+            damage=self._damage,
         )
 
     def _write(self, name: str, data: bytes, entry: FileEntry) -> None:
-        size = len(data)
-        if self._fd is not None:
-            descriptor = os.open(name, _CREATE, 0o600, dir_fd=self._fd)
-            try:
-                written = os.write(descriptor, data)
-                while written < size:
-                    written += os.write(descriptor, data[written:])
-            finally:
-                os.close(descriptor)
-        else:
-            self.digests[name] = entry.sha256
         self._entries[name] = entry
-        self._size += size
-        self._allocated += -(-size // _BLOCK) * _BLOCK
+        size = len(data)
+        if self._fd is None:
+            self.digests[name] = entry.sha256
+            self._allocated += -(-size // _BLOCK) * _BLOCK
+            return
+        descriptor = os.open(name, _CREATE, 0o600, dir_fd=self._fd)
+        try:
+            written = os.write(descriptor, data)
+            while written < size:
+                written += os.write(descriptor, data[written:])
+            # Read back at once: opening each file a second time would cost as much as writing it. That every file can
+            # be found under its name, by the user who will look for it, is for `check_written`, after the sync.
+            if os.pread(descriptor, size + 1, 0) != data:
+                self._damage = f"{name!a} reads back differently from what was written"
+        finally:
+            os.close(descriptor)
 
     def _is_dropped(self, key_type: str, key_id: str) -> bool:
         if key_type == "sender-key":
@@ -218,15 +224,15 @@ class CompanyWriter:
             file.writelines(manifest_lines(origin, chain(self._entries.items(), more)))
 
 
-def read_back(folder_fd: int) -> tuple[dict[str, str], str | None]:
-    """Read every file of a staged folder and hold it against its manifest: the digests, and what differs or None."""
-    digests: dict[str, str] = {}
-    damage = None
-    for name, written in digests_of(folder_fd):
-        digest = sha256(read_file(folder_fd, name)).hexdigest()
-        digests[name] = digest
-        if digest != written:
-            damage = f"{name!a} reads back differently from what was written"
-    if len(os.listdir(folder_fd)) != len(digests) + 1:  # the manifest itself
-        damage = "the folder holds a file that its manifest does not know"
-    return digests, damage
+def check_written(folder_fd: int) -> tuple[dict[str, str], str | None]:
+    """Hold a staged folder against its manifest: the digests by name, and what is wrong with it or None.
+
+    Every file's bytes were read back when they were written; here every name is looked for, and creds.json read again.
+    """
+    digests = dict(digests_of(folder_fd))
+    names = set(os.listdir(folder_fd)) - {MANIFEST_FILE}
+    if names != digests.keys():
+        return digests, f"{len(names ^ digests.keys())} files are not what its manifest says"
+    if sha256(read_file(folder_fd, CREDS_FILE)).hexdigest() != digests[CREDS_FILE]:
+        return digests, f"{CREDS_FILE} reads back differently from what was written"
+    return digests, None

@@ -25,8 +25,8 @@ from typing import TYPE_CHECKING, Any, Self
 from opsctl.errors import OpsctlError, Refused, SourceUnavailable
 from opsctl.signals import held_back
 from opsctl.stores.folder import Contents, Holding, contents, opened
-from opsctl.stores.postgres import parse_row
-from opsctl.stores.staging import CompanyWriter, Order, Staged, read_back
+from opsctl.stores.postgres import parse_rows
+from opsctl.stores.staging import CompanyWriter, Order, Staged, check_written
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -36,7 +36,6 @@ if TYPE_CHECKING:
 
     from opsctl.stores.publishing import Owner
 
-CHUNK_BYTES = 256 * 1024
 _QUEUE_CHUNKS = 48
 """Per writer: 12 MiB of rows read ahead, a handful of ordinary companies."""
 _PR_SET_PDEATHSIG = 1  # sys/prctl.h
@@ -51,7 +50,7 @@ ABORT = b"abort"
 
 @dataclass(frozen=True, slots=True)
 class Verify:
-    """Read a staged company back, and hold it against what stands in its place."""
+    """Look at a staged company once more, by its names, and hold it against what stands in its place."""
 
     company_id: str
     folder: str
@@ -77,7 +76,7 @@ class Compared:
     written_since: tuple[str, ...]
     """Of a live folder: names that were changed, removed or added since it was published (a sample)."""
     damage: str | None
-    """What did not read back as written."""
+    """What is not as it was written."""
 
     @property
     def identical(self) -> bool:
@@ -313,17 +312,17 @@ class _Writer:
         while (frame := self._connection.recv_bytes()) != END:
             if frame == ABORT:
                 return
-            lines = frame.splitlines(keepends=True)  # COPY escapes every line break inside a field
-            for line in lines:
-                add(parse_row(line))
-            self._connection.send(Advanced(len(lines)))
+            keys = 0
+            for keys, record in enumerate(parse_rows(frame), 1):  # noqa: B007 - how many there were is told below
+                add(record)
+            self._connection.send(Advanced(keys))
         self._connection.send(writer.finish())
         if folder_fd is None:
             self._connection.send(self._compared(order.origin.company_id, order.folder, writer.digests, None))
 
     def _verified(self, order: Verify) -> Compared:
         with opened(order.folder, dir_fd=self._place.building_fd) as folder_fd:
-            digests, damage = read_back(folder_fd)
+            digests, damage = check_written(folder_fd)
         return self._compared(order.company_id, order.folder, digests, damage)
 
     def _compared(self, company_id: str, folder: str, digests: dict[str, str], damage: str | None) -> Compared:
