@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import sys
+import textwrap
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
@@ -42,9 +43,8 @@ def as_json(ending: Ending) -> None:
     envelope = ending.envelope()
     try:
         document = orjson.dumps(envelope, default=str, option=orjson.OPT_NON_STR_KEYS)
-    except (
-        TypeError
-    ):  # a lone surrogate or a number above 64 bits, which orjson refuses; as escapes they are valid JSON
+    except TypeError:
+        # A lone surrogate or a number above 64 bits, which orjson refuses; as escapes they are valid JSON.
         document = json.dumps(envelope, default=_plain).encode("ascii")
     sys.stdout.flush()
     sys.stdout.buffer.write(document + b"\n")
@@ -63,7 +63,7 @@ def as_text(ending: Ending, *, quiet: bool, verbose: bool) -> None:
         return
     out = _lines(report, verbose=verbose)
     if ending.rto:
-        out.append(rto_line(ending.rto))
+        out.append(_sentence(rto_line(ending.rto)))
     if report.next_lines:
         out += ["", "Next:", *(f"  {clean(line)}" for line in report.next_lines)]
     try:
@@ -79,11 +79,20 @@ def _lines(report: Report, *, verbose: bool) -> list[str]:
     if report.rows and report.columns:
         out += [_drawn(_table(report)).rstrip("\n")]
     if report.failure is None or report.summary != report.failure.message:  # which stderr says
-        out.append(clean(report.summary))
-    out += [f"warning: {clean(warning)}" for warning in report.warnings]
+        out.append(_sentence(report.summary))
+    out += [_sentence(f"warning: {warning}") for warning in report.warnings]
     if verbose:
-        out += [f"  {clean(detail)}" for detail in report.details]
+        out += [_sentence(f"  {detail}") for detail in report.details]
     return out
+
+
+def _sentence(text: str) -> str:
+    """Broken between words on a terminal; one line in a pipe, where it may be searched for."""
+    line = clean(text)
+    if not sys.stdout.isatty():
+        return line
+    width = shutil.get_terminal_size().columns
+    return textwrap.fill(line, width, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
 
 
 def _complain(ending: Ending, *, one_line: bool) -> None:

@@ -613,8 +613,10 @@ def _next_lines(wish: Wish, done: Sequence[CompanyRow]) -> list[str]:
     return [
         f"opsctl sessions verify {target}",
         *first,
-        "# in its .env: USE_REPOSITORY_PATTERN=false, USE_DATABASE_AUTH_STATE=false, USE_LEGACY_SUPABASE=false",
+        "# in the service's .env: USE_REPOSITORY_PATTERN=false,",
+        "#   USE_DATABASE_AUTH_STATE=false, USE_LEGACY_SUPABASE=false",
         "pm2 restart baileys-whatsapp-service --update-env",
-        "# from here on these folders are the truth: the service must not start on PostgreSQL again before failback",
-        f"opsctl sessions undo --to {target}    # only while the service has not been started on them",
+        "# from here on these folders are the truth: the service must not start",
+        "# on PostgreSQL again before failback; until it was started on them:",
+        f"opsctl sessions undo --to {target}",
     ]
