@@ -1,6 +1,5 @@
 """What credentials.py says of good, broken and stale credentials."""
 
-import doctest
 import json
 import tracemalloc
 from base64 import b64encode
@@ -11,7 +10,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from opsctl.baileys import credentials
 from opsctl.baileys.buffers import StoredForm, normalise, revive, to_form
 from opsctl.baileys.credentials import (
     KEY_ID_LIMIT,
@@ -89,11 +87,6 @@ def put(*path: str, value: object) -> Callable[[dict[str, Any]], object]:
         creds[path[-1]] = value
 
     return change
-
-
-def test_the_examples_in_the_docstrings_hold() -> None:
-    failed, attempted = doctest.testmod(credentials)
-    assert (failed, attempted > 0) == (0, True)
 
 
 def test_what_baileys_makes_before_pairing_will_ask_for_a_qr_code() -> None:
