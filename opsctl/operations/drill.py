@@ -290,7 +290,7 @@ def _killed_half_way(scene: _Scene, source: random.Random) -> Check:
     return Check("killed half-way, each folder is whole", whole, f"{old} old, {new} new, of {total}")
 
 
-def _digests(path: Path) -> dict[str, str] | None:
+def _digests(path: Path) -> dict[str, bytes] | None:
     with opened(path) as fd:
         return contents(fd, company_id=None, environment=_ENVIRONMENT).digests
 

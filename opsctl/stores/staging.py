@@ -10,11 +10,15 @@ from collections import Counter
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from itertools import chain
+from typing import TYPE_CHECKING
 
 from opsctl.baileys import buffers, credentials, key_types
 from opsctl.baileys.filenames import CREDS_FILE, MANIFEST_FILE, UnwritableName, key_file_name
 from opsctl.stores.folder import digests_of, read_file
-from opsctl.stores.records import CREDS_TYPE, FileEntry, Origin, Record, manifest_lines
+from opsctl.stores.records import CREDS_TYPE, FileEntry, Origin, Record, entry_json, entry_of, manifest_lines
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
 
 _CREATE = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _EXAMPLES = 3
@@ -103,7 +107,7 @@ class CompanyWriter:
     def __init__(self, order: Order, folder_fd: int | None) -> None:
         self._order = order
         self._fd = folder_fd
-        self._entries: dict[str, FileEntry] = {}
+        self._entries: dict[str, bytes] = {}
         self._counts: Counter[str] = Counter()
         self._warnings = Warnings()
         self._left_out: list[LeftOut] = []
@@ -114,7 +118,6 @@ class CompanyWriter:
         self._examined = credentials.examine(normalised.data)
         self._creds = normalised.data
         self._summary = credentials.KeySummary()
-        self.digests: dict[str, str] = {}
 
     def add(self, record: Record) -> None:
         """Write one key. A bad value is written as it is and warned of; what cannot be a file is left out, listed."""
@@ -159,7 +162,7 @@ class CompanyWriter:
         digest = sha256(creds).hexdigest()
         entry = FileEntry(digest, CREDS_TYPE, "", self._creds_form, order.creds_updated_at, None)
         if self._fd is not None:
-            self._write_manifest([(CREDS_FILE, entry)])
+            self._write_manifest([(CREDS_FILE, entry_json(entry))])
         self._write(CREDS_FILE, creds, entry)
         return Staged(
             company_id=order.origin.company_id,
@@ -175,11 +178,14 @@ class CompanyWriter:
             damage=self._damage,
         )
 
+    def digests(self) -> Iterator[tuple[str, str]]:
+        """File names and SHA-256, also where nothing was written."""
+        return ((name, entry_of(entry).sha256) for name, entry in self._entries.items())
+
     def _write(self, name: str, data: bytes, entry: FileEntry) -> None:
-        self._entries[name] = entry
+        self._entries[name] = entry_json(entry)
         size = len(data)
         if self._fd is None:
-            self.digests[name] = entry.sha256
             self._allocated += -(-size // _BLOCK) * _BLOCK
             return
         descriptor = os.open(name, _CREATE, 0o600, dir_fd=self._fd)
@@ -201,7 +207,7 @@ class CompanyWriter:
 
     def _is_newer(self, name: str, record: Record) -> bool:
         """Two rows want one file. Says whether the second one is newer, and has removed the first if so."""
-        older = self._entries[name]
+        older = entry_of(self._entries[name])
         newer = (record.updated_at or "") > (older.updated_at or "")
         key_type, key_id = (older.key_type, older.key_id) if newer else (record.key_type, record.key_id)
         self._leave_out(key_type, key_id, f"{key_type} {key_id[:60]!a} is older and would share a file with another")
@@ -216,7 +222,7 @@ class CompanyWriter:
             self._left_out.append(LeftOut(key_type, key_id, why))
         self._warnings.add("left out, because it cannot be a file of its own", why)
 
-    def _write_manifest(self, more: list[tuple[str, FileEntry]]) -> None:
+    def _write_manifest(self, more: list[tuple[str, bytes]]) -> None:
         me_id = self._examined.me_id
         origin = replace(self._order.origin, me_sha256=credentials.me_fingerprint(me_id) if me_id else None)
         descriptor = os.open(MANIFEST_FILE, _CREATE, 0o600, dir_fd=self._fd)
@@ -224,15 +230,24 @@ class CompanyWriter:
             file.writelines(manifest_lines(origin, chain(self._entries.items(), more)))
 
 
-def check_written(folder_fd: int) -> tuple[dict[str, str], str | None]:
-    """Hold a staged folder against its manifest: the digests by name, and what is wrong with it or None.
+def check_written(folder_fd: int, visit: Callable[[str, str], None]) -> str | None:
+    """Hold a staged folder against its manifest, visiting each name and digest: what is wrong with it, or None.
 
     Every file's bytes were read back when they were written; here every name is looked for, and creds.json read again.
     """
-    digests = dict(digests_of(folder_fd))
-    names = set(os.listdir(folder_fd)) - {MANIFEST_FILE}
-    if names != digests.keys():
-        return digests, f"{len(names ^ digests.keys())} files are not what its manifest says"
-    if sha256(read_file(folder_fd, CREDS_FILE)).hexdigest() != digests[CREDS_FILE]:
-        return digests, f"{CREDS_FILE} reads back differently from what was written"
-    return digests, None
+    # Two lists of the same names have the same number of them and the same sum of hashes; sets would take 20 MiB each.
+    listed = os.listdir(folder_fd)
+    count, hashes = len(listed) - 1, sum(map(hash, listed)) - hash(MANIFEST_FILE)
+    del listed
+    creds = None
+    for name, digest in digests_of(folder_fd):
+        count -= 1
+        hashes -= hash(name)
+        if name == CREDS_FILE:
+            creds = digest
+        visit(name, digest)
+    if count or hashes:
+        return "its files are not those of its manifest"
+    if sha256(read_file(folder_fd, CREDS_FILE)).hexdigest() != creds:
+        return f"{CREDS_FILE} reads back differently from what was written"
+    return None

@@ -36,8 +36,10 @@ if TYPE_CHECKING:
 
     from opsctl.stores.publishing import Owner
 
-_QUEUE_CHUNKS = 48
-"""Per writer: 12 MiB of rows read ahead, a handful of ordinary companies."""
+_QUEUE_CHUNKS = 24
+"""Per writer: 6 MiB of rows read ahead, a handful of ordinary companies."""
+MOST_WRITERS = 3
+"""With a company of 100,000 keys each, all of opsctl takes 195 MiB; the parent and PostgreSQL need cores too."""
 _PR_SET_PDEATHSIG = 1  # sys/prctl.h
 
 
@@ -111,7 +113,7 @@ class Writers:
 
     def __init__(self, workplace: Workplace, *, count: int | None = None) -> None:
         self._workplace = workplace
-        self._count = count or max(1, min(4, len(os.sched_getaffinity(0))))
+        self._count = count or max(1, min(MOST_WRITERS, len(os.sched_getaffinity(0))))
         self._lanes: list[Lane] = []
         self.replies: queue.SimpleQueue[Reply] = queue.SimpleQueue()
 
@@ -280,6 +282,36 @@ def _become(owner: Owner) -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
+class _Comparison:
+    """What is new against what is there, name by name: only the digests of what is there stand in memory."""
+
+    def __init__(self, there: Contents) -> None:
+        self._there = there
+        self._restored = self._updated = self._unchanged = 0
+
+    def visit(self, name: str, digest: str) -> None:
+        old = self._there.digests.get(name)
+        if old is None:
+            self._restored += 1
+        elif old == bytes.fromhex(digest):
+            self._unchanged += 1
+        else:
+            self._updated += 1
+
+    def result(self, company_id: str, damage: str | None) -> Compared:
+        there = self._there
+        return Compared(
+            company_id=company_id,
+            holding=there.holding,
+            restored=self._restored,
+            updated=self._updated,
+            unchanged=self._unchanged,
+            set_aside=len(there.digests) - self._updated - self._unchanged,
+            written_since=(there.changed + there.missing + there.added)[:5],
+            damage=damage,
+        )
+
+
 class _Writer:
     """Inside the writer process: messages in, folders and replies out."""
 
@@ -318,27 +350,16 @@ class _Writer:
             self._connection.send(Advanced(keys))
         self._connection.send(writer.finish())
         if folder_fd is None:
-            self._connection.send(self._compared(order.origin.company_id, order.folder, writer.digests, None))
+            comparison = _Comparison(self._there(order.origin.company_id, order.folder))
+            for name, digest in writer.digests():
+                comparison.visit(name, digest)
+            self._connection.send(comparison.result(order.origin.company_id, None))
 
     def _verified(self, order: Verify) -> Compared:
+        comparison = _Comparison(self._there(order.company_id, order.folder))
         with opened(order.folder, dir_fd=self._place.building_fd) as folder_fd:
-            digests, damage = check_written(folder_fd)
-        return self._compared(order.company_id, order.folder, digests, damage)
-
-    def _compared(self, company_id: str, folder: str, digests: dict[str, str], damage: str | None) -> Compared:
-        there = self._there(company_id, folder)
-        shared = digests.keys() & there.digests.keys()
-        updated = sum(1 for name in shared if digests[name] != there.digests[name])
-        return Compared(
-            company_id=company_id,
-            holding=there.holding,
-            restored=len(digests) - len(shared),
-            updated=updated,
-            unchanged=len(shared) - updated,
-            set_aside=len(there.digests) - len(shared),
-            written_since=(there.changed + there.missing + there.added)[:5],
-            damage=damage,
-        )
+            damage = check_written(folder_fd, comparison.visit)
+        return comparison.result(order.company_id, damage)
 
     def _there(self, company_id: str, folder: str) -> Contents:
         if self._place.root_fd is None:
