@@ -36,8 +36,8 @@ if TYPE_CHECKING:
 
     from opsctl.stores.publishing import Owner
 
-_QUEUE_CHUNKS = 24
-"""Per writer: 6 MiB of rows read ahead, a handful of ordinary companies."""
+_QUEUE_CHUNKS = 16
+"""Per writer: 4 MiB of rows read ahead, a handful of ordinary companies."""
 MOST_WRITERS = 3
 """With a company of 100,000 keys each, all of opsctl takes 195 MiB; the parent and PostgreSQL need cores too."""
 _PR_SET_PDEATHSIG = 1  # sys/prctl.h
