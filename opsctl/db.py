@@ -242,7 +242,7 @@ def translated(error: psycopg.Error) -> DatabaseUnavailable:
             "the connection to PostgreSQL broke in the middle of a step", kind="reset", transient=True
         )
     kind = {"42P01": "missing-table", "42703": "missing-column", "42501": "permission", "55P03": "locked"}.get(
-        state, "corrupt" if state.startswith("XX") else "statement-failed"
+        state, "corrupt" if state.startswith("XX") or state == "58030" else "statement-failed"
     )
     message, hint = f"PostgreSQL says: {primary} (SQLSTATE {state})", None
     if kind == "locked":

@@ -47,6 +47,8 @@ class SourceUnavailable(OpsctlError):
 
 ANOTHER_SERVER = "point DATABASE_URL at a server that answers (a replica, a restored backup), then type it again"
 HINTS = {
+    "deadline": "type it again with a longer --deadline",
+    "corrupt": "point DATABASE_URL at a replica or a restored backup, then type it again",
     "authentication": "opsctl config show, then correct the role or its password",
     "missing-database": "opsctl config show, then correct the database's name",
     "missing-table": "opsctl config show: is this the right database?",

@@ -75,6 +75,10 @@ class State:
         with contextlib.suppress(OSError):
             self._make()
             path.parent.mkdir(mode=0o700, exist_ok=True)
-            path.touch(0o600)
-            os.utime(path)
+            flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+            descriptor = os.open(path, flags, 0o600)
+            try:
+                os.utime(descriptor)
+            finally:
+                os.close(descriptor)
         return True

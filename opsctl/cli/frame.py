@@ -300,7 +300,12 @@ class _Frame:
     def _ending(self, report: Report) -> Ending:
         run = self.invocation
         elapsed_s = round(_seconds_since_start(self.since), 3)
-        if self.emergency and report.exit_code in _EMERGENCY_FAILED and report.rto_scope is None:
+        if (
+            self.emergency
+            and not run.options.get("dry_run")
+            and report.exit_code in _EMERGENCY_FAILED
+            and report.rto_scope is None
+        ):
             # The clock of the outage runs on, whatever this run could not do.
             asked = tuple(run.options.get("company") or ())
             report = replace(report, rto_scope="files", rto_met=False, companies=report.companies or asked)
@@ -317,7 +322,7 @@ class _Frame:
             rto=rto,
             steps=run.journal.steps,
             elapsed_s=elapsed_s,
-            emergency=self.emergency,
+            emergency=self.emergency and not run.options.get("dry_run"),
             options=run.options,
         )
 

@@ -77,7 +77,7 @@ def restore(
 ) -> Report:
     """Bring every session folder back from the best source left, and prove it.
 
-    Reads one snapshot, writes all folders beside the ones in place, syncs, reads every file back, and only then
+    Reads one snapshot, writes all folders beside the ones in place and reads every file back, syncs, and only then
     exchanges them, company by company. Killed at any instant, each folder is the old one or the new one, whole.
     """
     from opsctl.operations.restore import Wish, preview_restore
@@ -127,11 +127,12 @@ def undo(
 ) -> Report:
     """Exchange the published folders with the ones that the last restore set aside."""
     from opsctl.operations.undo import UndoWish, preview_undo, undo_restore
+    from opsctl.stores.publishing import Owner
 
     run: Invocation = ctx.obj
     target = to.absolute() if to else run.settings.sessions_dir
     wish = UndoWish(run_id, tuple(company or ()), discard_changes, run.settings.environment)
-    owner = _owner(run, None, target)
+    owner = Owner.of(target) if target.exists() else Owner.current()
     if dry_run:
         return preview_undo(target, owner, wish)
     run.confirm(f"Exchange the folders in {target} with the ones set aside?")

@@ -67,7 +67,7 @@ def list_sessions(
         with journal.step("ask the database"), open_snapshot() as snapshot:
             rows = _from_database(snapshot, moment)
     except DatabaseUnavailable as error:
-        failure = Failure(error.kind, f"the database cannot be read: {error.message}", "opsctl sessions restore")
+        failure = Failure(error.kind, f"the database cannot be read: {error.message}", error.hint)
     warnings = _add_folders(rows, target, moment)
     if companies:
         unknown = sorted(set(companies) - rows.keys())

@@ -1,4 +1,4 @@
-"""PostgreSQL -> Baileys session folders: read one snapshot, stage, sync, read back, exchange.
+"""PostgreSQL -> Baileys session folders: read one snapshot, stage and read back, sync, exchange.
 
 Companies are independent: one that cannot be restored does not delay the others, and is named.
 """
@@ -237,13 +237,17 @@ def _begin(
         "in_recovery": server.in_recovery,
         "service_stopped": "operator" if wish.service_stopped else "unknown",
     }
+    if snapshot.damage:
+        work.warnings.append(f"the table of keys is damaged, so each company is tried by itself: {snapshot.damage}")
     if snapshot.pooled:
         work.warnings.append(
             "PostgreSQL is reached through a transaction pooler: its own timeouts apply, and a step that is given up "
             "here may go on there"
         )
     if server.system_identifier is None:
-        work.details.append("the role may not read the server's identity; failback will not recognise the server by it")
+        work.details.append(
+            "the role may not read the server's identity; the way back will not recognise the server by it"
+        )
     return snapshot, work, _select(everybody, work)
 
 
@@ -437,10 +441,10 @@ def _staged_row(staged: Staged, wish: Wish, seconds: float) -> CompanyRow:
 def _verify(
     staging: Staging, writers: Writers, work: _Work, *, journal: Journal, remaining: Remaining
 ) -> dict[str, Compared]:
-    """Sync the filesystem, and meanwhile read every staged file back."""
+    """Sync the filesystem, and meanwhile look for every staged file under its name."""
     publishable = [s for c, s in work.staged.items() if work.rows[c].result is Result.RESTORED]
     compared: dict[str, Compared] = {}
-    with journal.step("sync and read back", total=len(publishable)) as advance:
+    with journal.step("sync and check", total=len(publishable)) as advance:
         writers.verify(publishable)
         staging.sync()
         while len(compared) < len(publishable):
@@ -617,6 +621,6 @@ def _next_lines(wish: Wish, done: Sequence[CompanyRow]) -> list[str]:
         "#   USE_DATABASE_AUTH_STATE=false, USE_LEGACY_SUPABASE=false",
         "pm2 restart baileys-whatsapp-service --update-env",
         "# from here on these folders are the truth: the service must not start",
-        "# on PostgreSQL again before failback; until it was started on them:",
+        "# on PostgreSQL again before its rows are brought up to date; until then:",
         f"opsctl sessions undo --to {target}",
     ]

@@ -141,7 +141,7 @@ class _Folder:
             origin = origin_of(self.fd)
             return origin, dict(entries_of(self.fd)) if origin else {}
         except ManifestDamaged:
-            self.warnings.add("the manifest is damaged; failback could not use it")
+            self.warnings.add("the manifest is damaged; the way back could not use it")
             return None, {}
 
     def key(self, name: str, data: bytes, entry: FileEntry | None) -> None:
@@ -189,8 +189,7 @@ def _verify_folder(path: Path) -> tuple[FolderRow, dict[str, str]]:
                 creds = data
             else:
                 folder.key(name, data, entries.get(name))
-        _check_modes(folder)
-    unusable = _check_creds(folder, creds)
+        unusable = (*_check_creds(folder, creds), *_check_modes(folder))
     verdict = Verdict.WILL_NOT if unusable else Verdict.DAMAGED if folder.problems.counts else Verdict.WILL_LOG_IN
     warnings = folder.warnings.sentences()
     row = FolderRow(
@@ -234,19 +233,20 @@ def _check_creds(folder: _Folder, creds: bytes | None) -> tuple[str, ...]:
     return tuple(unusable)
 
 
-def _check_modes(folder: _Folder) -> None:
+def _check_modes(folder: _Folder) -> tuple[str, ...]:
+    """Why the service's user would not find the credentials; what lets others in is a warning."""
     status = os.fstat(folder.fd)
     if stat.S_IMODE(status.st_mode) & 0o077:
         folder.warnings.add("other users may look into the folder: chmod 0700")
-    for name in (CREDS_FILE,):
-        try:
-            file = os.stat(name, dir_fd=folder.fd, follow_symlinks=False)
-        except FileNotFoundError:
-            continue
-        if stat.S_IMODE(file.st_mode) & 0o077:
-            folder.warnings.add(f"other users may read {name}: chmod 0600")
-        if file.st_uid != status.st_uid:
-            folder.warnings.add(f"{name} belongs to another user than its folder: the service may not read it")
+    try:
+        creds = os.stat(CREDS_FILE, dir_fd=folder.fd, follow_symlinks=False)
+    except FileNotFoundError:
+        return ()
+    if stat.S_IMODE(creds.st_mode) & 0o077:
+        folder.warnings.add(f"other users may read {CREDS_FILE}: chmod 0600")
+    if creds.st_uid != status.st_uid and not creds.st_mode & stat.S_IROTH:
+        return (f"{CREDS_FILE} belongs to another user than its folder: Baileys would start a new identity",)
+    return ()
 
 
 def _against_manifest(folder: _Folder, origin: Origin | None, entries: dict[str, FileEntry]) -> str:

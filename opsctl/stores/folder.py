@@ -30,6 +30,9 @@ _FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
 _FIRST_READ = 32 * 1024
 """Nearly every file is smaller; a larger buffer costs page faults, file by file."""
 _NEXT_READ = 1024 * 1024
+_LONGEST_LINE = 16 * 1024
+LARGEST_FILE = 256 * 1024 * 1024
+"""The service's user may have put anything in the way; PostgreSQL's JSONB ends at 255 MiB."""
 
 
 @contextmanager
@@ -46,11 +49,14 @@ def read_file(folder_fd: int, name: str) -> bytes:
     """A regular file's bytes. Raises OSError, also for what is no regular file (ELOOP, EINVAL)."""
     descriptor = os.open(name, _FILE, dir_fd=folder_fd)
     try:
-        data = os.read(descriptor, _FIRST_READ)
-        if 0 < len(data) < _FIRST_READ:
-            return data
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
             raise OSError(errno.EINVAL, "not a regular file")
+        if status.st_size > LARGEST_FILE:
+            raise OSError(errno.EFBIG, "too large for a file of Baileys'")
+        data = os.read(descriptor, _FIRST_READ)
+        if len(data) < _FIRST_READ:
+            return data
         parts = [data]
         while part := os.read(descriptor, _NEXT_READ):
             parts.append(part)
@@ -64,7 +70,7 @@ def origin_of(folder_fd: int) -> Origin | None:
     try:
         with _manifest(folder_fd) as (origin, _):
             return origin
-    except (FileNotFoundError, ManifestDamaged):
+    except (OSError, ManifestDamaged):
         return None
 
 
@@ -76,16 +82,24 @@ def entries_of(folder_fd: int) -> Iterator[tuple[str, FileEntry]]:
 
 def digests_of(folder_fd: int) -> Iterator[tuple[str, str]]:
     """File names and SHA-256 as the manifest lists them. Raises `ManifestDamaged` or OSError."""
-    descriptor = os.open(MANIFEST_FILE, _FILE, dir_fd=folder_fd)
-    with open(descriptor, "rb") as file:  # noqa: PTH123 - a descriptor has no Path
-        yield from read_digests(file)
+    with _manifest_lines(folder_fd) as lines:
+        yield from read_digests(lines)
 
 
 @contextmanager
 def _manifest(folder_fd: int) -> Iterator[tuple[Origin, Iterator[tuple[str, FileEntry]]]]:
+    with _manifest_lines(folder_fd) as lines:
+        yield read_manifest(lines)
+
+
+@contextmanager
+def _manifest_lines(folder_fd: int) -> Iterator[Iterator[bytes]]:
     descriptor = os.open(MANIFEST_FILE, _FILE, dir_fd=folder_fd)
-    with open(descriptor, "rb") as file:  # noqa: PTH123 - a descriptor has no Path
-        yield read_manifest(file)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise ManifestDamaged("it is no file")
+    with os.fdopen(descriptor, "rb") as file:
+        yield iter(lambda: file.readline(_LONGEST_LINE), b"")
 
 
 class Holding(StrEnum):
@@ -133,7 +147,7 @@ def contents(folder_fd: int, *, company_id: str | None, environment: str) -> Con
                 changed.append(name)
         if count or hashes:
             added = found.keys() - {name for name, _ in digests_of(folder_fd)}
-    except ManifestDamaged:
+    except (ManifestDamaged, OSError):
         return Contents(Holding.FOREIGN, None, found)
     holding = Holding.LIVE if changed or missing or added else Holding.OURS
     return Contents(holding, origin, found, tuple(sorted(changed)), tuple(sorted(missing)), tuple(sorted(added)))

@@ -78,6 +78,8 @@ class Snapshot:
     def __init__(self, connection: db.Connection, server: Server) -> None:
         self._connection = connection
         self.server = server
+        self.damage: str | None = None
+        """What the server says of a table that it cannot read whole."""
 
     @property
     def pooled(self) -> bool:
@@ -85,9 +87,16 @@ class Snapshot:
         return self._connection.pgconn.backend_pid != self.server.backend_pid
 
     def tenants(self) -> list[Tenant]:
-        """Every company that has credentials or keys, by id."""
-        with _translating(), self._connection.counting():
-            return db.rows(self._connection, query("list_companies"), Tenant)
+        """Every company that has credentials or keys, by id; without the keys where their table is damaged."""
+        try:
+            with self.company(), _translating(), self._connection.counting():
+                return db.rows(self._connection, query("list_companies"), Tenant)
+        except DatabaseUnavailable as error:
+            if error.kind != "corrupt":
+                raise
+            self.damage = error.message
+        with _translating():
+            return db.rows(self._connection, query("list_credentials"), Tenant)
 
     def key_counts(self) -> list[KeyCount]:
         """Keys per company and type."""

@@ -27,9 +27,10 @@ from typing import TYPE_CHECKING
 
 import orjson
 
+from opsctl.baileys.filenames import CREDS_FILE, MANIFEST_FILE
 from opsctl.errors import Locked, Refused
 from opsctl.signals import held_back
-from opsctl.stores.folder import OPSCTL_FOLDER, opened, origin_of
+from opsctl.stores.folder import OPSCTL_FOLDER, opened, origin_of, read_file
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -136,7 +137,7 @@ class SessionsRoot:
         if not _exists(name, self.own_fd):
             return kept
         with opened(name, dir_fd=self.own_fd) as fd:
-            if _exists(_OLD, fd):
+            if _exists(_OLD, fd) and _exists(_READY, fd):
                 with opened(_OLD, dir_fd=fd) as old, opened(_READY, dir_fd=fd) as ready:
                     self._complete(old, ready, publishing=run_id)
             if _exists(_READY, fd):
@@ -220,7 +221,7 @@ class SessionsRoot:
 
 
 class Staging:
-    """The staging of one run: writers fill `building_fd`, `finish` moves to ready, `publish` puts in place."""
+    """The staging of one run: writers fill `building_fd`, `publish` puts folders in place."""
 
     def __init__(self, root: SessionsRoot, run_id: str, building_fd: int, ready_fd: int) -> None:
         self._root = root
@@ -238,13 +239,16 @@ class Staging:
     def flushing(self) -> Iterator[None]:
         """Let the disk work while writers do: what is left for `sync` afterwards is little.
 
-        Errors are left for `sync` to tell; a block that fails does not wait for the disk.
+        A block that fails does not wait for the disk.
         """
         stop = threading.Event()
+        # Opened for itself: the kernel tells a failed write to each open file once, and `sync` has to hear of it too.
+        own_fd = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=self.building_fd)
 
         def flush() -> None:
             while not stop.wait(_FLUSH_EVERY_S):
-                _libc.syncfs(self.building_fd)
+                _libc.syncfs(own_fd)
+            os.close(own_fd)
 
         thread = threading.Thread(target=flush, name="flush", daemon=True)
         thread.start()
@@ -345,6 +349,8 @@ def check_root(path: Path, owner: Owner) -> None:
             f"{path} belongs to {_user_name(status.st_uid)}, not to {owner.name}",
             hint=f"pass --owner {_user_name(status.st_uid)}, or another --to",
         )
+    if any((path / name).exists() for name in (CREDS_FILE, MANIFEST_FILE)):
+        raise Refused(f"{path} is one company's folder", hint=f"pass the folder it lies in: --to {path.parent}")
     if status.st_mode & stat.S_IWOTH:
         raise Refused(f"everybody may write to {path}", hint=f"chmod o-w {path}")
     _check_writable(path)
@@ -443,6 +449,8 @@ def _translating(path: Path) -> Iterator[None]:
             raise Refused(f"{path} is on a read-only filesystem", hint="pass another --to") from None
         if error.errno in {errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENOTDIR}:
             raise Refused(f"{path}: {error.strerror}", hint="check its owner and mode") from None
+        if error.errno == errno.EIO:
+            raise Refused(f"the disk of {path} fails: {error.strerror}", kind="disk", hint="dmesg | tail") from None
         raise
 
 
@@ -455,7 +463,8 @@ def _lock(fd: int, path: Path) -> None:
 
 def _holder(path: Path) -> str:
     try:
-        holder = orjson.loads((path / OPSCTL_FOLDER / _HOLDER).read_bytes())
+        with opened(path) as fd, opened(OPSCTL_FOLDER, dir_fd=fd) as own:
+            holder = orjson.loads(read_file(own, _HOLDER))
         return f"pid {holder['pid']} on {holder['host']} since {holder['since']}"
     except (OSError, ValueError, KeyError, TypeError):
         return "its pid is not known"
@@ -468,6 +477,8 @@ def _write_holder(own_fd: int, run_id: str) -> None:
         "since": datetime.now(UTC).isoformat(timespec="seconds"),
         "run_id": run_id,
     }
-    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
+    with suppress(FileNotFoundError):  # never written into: the service's user may have put anything there
+        os.unlink(_HOLDER, dir_fd=own_fd)
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     with suppress(OSError), os.fdopen(os.open(_HOLDER, flags, 0o600, dir_fd=own_fd), "wb") as file:
         file.write(orjson.dumps(holder))  # on a full disk the lock still holds, only nameless

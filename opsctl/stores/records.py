@@ -64,6 +64,7 @@ class Origin:
     opsctl: str
 
 
+_SHA256 = re.compile("[0-9a-f]{64}")
 _FIELDS = ("sha256", "type", "id", "form", "updated_at", "expires_at")
 
 
@@ -119,9 +120,12 @@ def _files(lines: Iterator[bytes]) -> Iterator[tuple[str, FileEntry]]:
             return
         try:
             ((name, fields),) = orjson.loads(b"{" + line.rstrip(b",\n") + b"}").items()
-            yield name, FileEntry(*(fields[field] for field in _FIELDS))
+            entry = FileEntry(*(fields[field] for field in _FIELDS))
         except (orjson.JSONDecodeError, KeyError, TypeError, ValueError, AttributeError):
             raise ManifestDamaged("a line of it cannot be read") from None
+        if not isinstance(entry.sha256, str) or not _SHA256.fullmatch(entry.sha256):
+            raise ManifestDamaged("a digest in it is none")
+        yield name, entry
     raise ManifestDamaged("its end is missing")
 
 
@@ -137,7 +141,10 @@ def read_digests(data: Iterable[bytes]) -> Iterator[tuple[str, str]]:
     read_manifest([next(lines, b"")])
     for line in lines:
         if match := _DIGEST.match(line):
-            yield match[1].decode(), match[2].decode()
+            try:
+                yield match[1].decode(), match[2].decode()
+            except UnicodeDecodeError:
+                raise ManifestDamaged("a name in it is not UTF-8") from None
         elif line == _END:
             return
         else:

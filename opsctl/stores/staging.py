@@ -145,7 +145,7 @@ class CompanyWriter:
             self._summary.add(key_type, key_id, data)
 
     def finish(self) -> Staged:
-        """Write creds.json, then the manifest."""
+        """Write the manifest, then creds.json."""
         order = self._order
         findings = self._examined.findings
         unusable = tuple(f.message for f in findings if f.severity is credentials.Severity.UNUSABLE)
@@ -194,7 +194,7 @@ class CompanyWriter:
             while written < size:
                 written += os.write(descriptor, data[written:])
             # Read back at once: opening each file a second time would cost as much as writing it. That every file can
-            # be found under its name, by the user who will look for it, is for `check_written`, after the sync.
+            # be found under its name, by the user who will look for it, is for `check_written`.
             if os.pread(descriptor, size + 1, 0) != data:
                 self._damage = f"{name!a} reads back differently from what was written"
         finally:
@@ -208,7 +208,12 @@ class CompanyWriter:
     def _is_newer(self, name: str, record: Record) -> bool:
         """Two rows want one file. Says whether the second one is newer, and has removed the first if so."""
         older = entry_of(self._entries[name])
-        newer = (record.updated_at or "") > (older.updated_at or "")
+        # Of the same moment the type and id decide, so that the order of the rows never does.
+        newer = (record.updated_at or "", record.key_type, record.key_id) > (
+            older.updated_at or "",
+            older.key_type,
+            older.key_id,
+        )
         key_type, key_id = (older.key_type, older.key_id) if newer else (record.key_type, record.key_id)
         self._leave_out(key_type, key_id, f"{key_type} {key_id[:60]!a} is older and would share a file with another")
         if newer:

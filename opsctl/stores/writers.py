@@ -26,6 +26,7 @@ from opsctl.errors import OpsctlError, Refused, SourceUnavailable
 from opsctl.signals import held_back
 from opsctl.stores.folder import Contents, Holding, contents, opened
 from opsctl.stores.postgres import parse_rows
+from opsctl.stores.records import ManifestDamaged
 from opsctl.stores.staging import CompanyWriter, Order, Staged, check_written
 
 if TYPE_CHECKING:
@@ -164,7 +165,11 @@ class Writers:
         try:
             reply = self.replies.get(timeout=remaining())
         except queue.Empty:
-            raise SourceUnavailable("the files were not written before the deadline", kind="deadline") from None
+            raise SourceUnavailable(
+                "the files were not written before the deadline",
+                kind="deadline",
+                hint="type it again with a longer --deadline",
+            ) from None
         if isinstance(reply, Failed):
             raise _failure(reply, self._workplace)
         return reply
@@ -275,7 +280,10 @@ def _last_word(connection: Connection[Any, Any], failed: Failed) -> None:
 def _become(owner: Owner) -> None:
     os.umask(0o077)
     if os.geteuid() == 0 and owner.uid != 0:
-        os.setgroups([])
+        try:
+            os.initgroups(owner.name, owner.gid)
+        except (KeyError, OSError):  # a user without an account has no other groups
+            os.setgroups([])
         os.setresgid(owner.gid, owner.gid, owner.gid)
         os.setresuid(owner.uid, owner.uid, owner.uid)
     # After the change of user, which clears it (prctl(2)): a killed parent takes its writers with it.
@@ -357,8 +365,11 @@ class _Writer:
 
     def _verified(self, order: Verify) -> Compared:
         comparison = _Comparison(self._there(order.company_id, order.folder))
-        with opened(order.folder, dir_fd=self._place.building_fd) as folder_fd:
-            damage = check_written(folder_fd, comparison.visit)
+        try:
+            with opened(order.folder, dir_fd=self._place.building_fd) as folder_fd:
+                damage = check_written(folder_fd, comparison.visit)
+        except (ManifestDamaged, OSError) as error:
+            damage = f"its folder cannot be read back: {error}"
         return comparison.result(order.company_id, damage)
 
     def _there(self, company_id: str, folder: str) -> Contents:
@@ -369,7 +380,5 @@ class _Writer:
                 return contents(fd, company_id=company_id, environment=self._place.environment)
         except FileNotFoundError:
             return Contents(Holding.NOTHING, None, {})
-        except OSError as error:
-            if error.errno in {errno.ENOTDIR, errno.ELOOP, errno.EACCES}:
-                return Contents(Holding.FOREIGN, None, {})
-            raise
+        except OSError:  # no folder, or none that we may look into
+            return Contents(Holding.FOREIGN, None, {})

@@ -120,11 +120,11 @@ def test_the_timeouts_of_a_role_do_not_end_a_slow_read(fleet: Fleet, role: str, 
         timeouts.append("transaction_timeout")
     for timeout in timeouts:
         database.execute(f"ALTER ROLE {role} SET {timeout} = '1s'")
-    slow_down(fleet, 0.03, role)  # 80 keys: 2.4 s to count them, 1.2 s for each company
+    slow_down(fleet, 0.03, role)  # 80 keys: 2.4 s to count them, 1.2 s for each company's 40
     ended = (psycopg.errors.QueryCanceled, psycopg.errors.TransactionTimeout)
     with database.connect(user=role) as connection, pytest.raises(ended):
         connection.execute("SELECT count(value) FROM whatsapp_keys")
-    assert set(results(fleet.restored()).values()) == {"restored"}
+    assert results(fleet.restored("--company", FIRST)) == {FIRST: "restored"}
 
 
 def test_a_role_that_is_read_only_by_default_restores(fleet: Fleet, role: str) -> None:
@@ -238,7 +238,7 @@ def test_a_pooler_whose_connections_are_all_busy_is_given_up_at_the_deadline(fle
         with closing_in(4):
             done = fleet.restore("--deadline", "2")
         assert done.returncode == 4
-        assert "stopped answering" in done.stderr
+        assert "PostgreSQL was not done when the deadline came" in done.stderr
     assert not fleet.target.exists()
     fleet.restored()
 
