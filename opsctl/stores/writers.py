@@ -41,6 +41,8 @@ _QUEUE_CHUNKS = 16
 """Per writer: 4 MiB of rows read ahead, a handful of ordinary companies."""
 MOST_WRITERS = 3
 """With a company of 100,000 keys each, all of opsctl takes 195 MiB; the parent and PostgreSQL need cores too."""
+_LOOK_S = 0.5
+"""How often a waiting thread looks whether its writer is gone."""
 _PR_SET_PDEATHSIG = 1  # sys/prctl.h
 
 
@@ -199,40 +201,39 @@ class Lane:
         self._replies = replies
         self._queue: queue.Queue[bytes | Order | Verify] = queue.Queue(_QUEUE_CHUNKS)
         self._gone = threading.Event()
-        self._threads = [threading.Thread(target=work, daemon=True) for work in (self._feed, self._collect)]
 
     @property
     def waiting(self) -> int:
         return self._queue.qsize()
 
     def start(self) -> None:
-        for thread in self._threads:
-            thread.start()
+        threading.Thread(target=self._feed, daemon=True).start()
+        threading.Thread(target=self._collect, daemon=True).start()
 
     def put(self, message: bytes | Order | Verify) -> None:
         """Hand a message over; waits while the writer is behind. A writer that is gone has already replied `Failed`."""
         while not self._gone.is_set():
             with contextlib.suppress(queue.Full):
-                self._queue.put(message, timeout=0.5)
+                self._queue.put(message, timeout=_LOOK_S)
                 return
 
     def stop(self) -> None:
+        """End the writer. Its threads end by themselves, and with them the connection.
+
+        They are not waited for, nor is their queue touched: a signal that was raised in the middle of `put` has left
+        the queue's lock behind it, taken for ever.
+        """
         self._gone.set()
         self._process.kill()
         self._process.join()
-        with contextlib.suppress(queue.Full):
-            self._queue.put_nowait(END)  # wakes the one that feeds
-        for thread in self._threads:
-            if thread.ident is not None:
-                thread.join()  # before the connection is closed under them
-        self._connection.close()
 
     def _feed(self) -> None:
         with contextlib.suppress(OSError, ValueError):
             while not self._gone.is_set():
-                message = self._queue.get()
-                if self._gone.is_set():
-                    return
+                try:
+                    message = self._queue.get(timeout=_LOOK_S)
+                except queue.Empty:
+                    continue
                 if isinstance(message, bytes):
                     self._connection.send_bytes(message)
                 else:

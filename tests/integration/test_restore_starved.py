@@ -81,7 +81,7 @@ def test_a_role_that_may_not_look_at_the_servers_identity_restores_and_says_what
     assert document["facts"]["system_identifier"] is None
     assert document["facts"]["timeline"] is None
     done = fleet.restore("--verbose")
-    assert "failback will not recognise the server" in done.stdout + done.stderr
+    assert "will not recognise the server by it" in done.stdout + done.stderr
 
 
 @contextmanager
