@@ -133,7 +133,7 @@ def _parsed(url: str) -> dict[str, Any]:
         parameters: dict[str, Any] = conninfo.conninfo_to_dict(_for_libpq(url))
     except (psycopg.Error, ValueError):  # the message quotes the password
         raise SettingsError(
-            "DATABASE_URL is not a connection string", hint="postgresql://USER:PASSWORD@HOST:PORT/DATABASE"
+            "DATABASE_URL is not a connection string", hint="postgresql://user:password@host:port/database"
         ) from None
     # A `/` or `@` in a password that is not percent-encoded parses, and puts parts of it into the port, the host or the
     # database, which messages show. A host that begins with an `@` is an abstract socket's.

@@ -205,7 +205,7 @@ SHAPES: tuple[tuple[re.Pattern[str], str], ...] = tuple(
 def scrubbed(value: Any, secrets: Iterable[str]) -> Any:  # noqa: ANN401 - any JSON, the shape is kept
     """The value as plain JSON without secrets: neither the known ones in any spelling, nor what looks like one.
 
-    >>> scrubbed({"to": "postgresql://ops:s3cret@db/wa", "why": "wrong word: hunter2"}, ["hunter2"])
+    >>> scrubbed({"to": "postgresql://user:password@db/wa", "why": "wrong word: hunter2"}, ["hunter2"])
     {'to': 'postgresql://[secret]@db/wa', 'why': 'wrong word: [secret]'}
     """
     spellings = sorted({s for secret in secrets if secret for s in _spellings(secret)}, key=len, reverse=True)
