@@ -51,12 +51,10 @@ _BYTE_OBJECT_KEYS: Final = frozenset({"type", "buffer", "data", "value"})
 # JSONB puts short keys first: where a value holds bytes, the first of them nearly always come early.
 _BYTES_AT_ONCE: Final = b'{"data": '
 _AT_ONCE: Final = 32
-# Most rows are pre-keys that the service wrote by JSON.stringify, printed by PostgreSQL. orjson checks what is in the
-# brackets. This takes 0.6 of the time of the walk below.
-_PRE_KEY: Final = re.compile(
-    rb'\{"public": \{"data": (\[[0-9, ]*+\]), "type": "Buffer"\}, '
-    rb'"private": \{"data": (\[[0-9, ]*+\]), "type": "Buffer"\}\}'
-)
+# Most rows with bytes are pre-keys, or one Buffer, that the service wrote by JSON.stringify, printed by PostgreSQL.
+# orjson checks what is between these pieces. This takes half of the time of the walk below.
+_PRE_KEY: Final = (b'{"public": {"data": [', b'], "type": "Buffer"}, "private": {"data": [', b'], "type": "Buffer"}}')
+_ONE_BUFFER: Final = (b'{"data": [', b'], "type": "Buffer"}')
 # orjson writes a point into floats, and reads integers of more than 64 bits as floats. Those that it writes without one
 # (1e+22) are left to it: they are the same number to JavaScript, which reads them with the same loss, if any.
 _FLOAT: Final = re.compile(rb"\.[0-9]")
@@ -81,18 +79,9 @@ def normalise(text: bytes) -> Normalised:
     >>> normalise(b'{"public": {"data": [1, 2], "type": "Buffer"}}').data
     b'{"public":{"type":"Buffer","data":"AQI="}}'
     """
-    pre_key = _PRE_KEY.fullmatch(text)
-    if pre_key is not None:
-        try:
-            public, private = bytes(orjson.loads(pre_key[1])), bytes(orjson.loads(pre_key[2]))
-        except ValueError:  # not JSON, or a number above 255: for the walk to say
-            pass
-        else:
-            compact = b'{"public":{"type":"Buffer","data":"%b"},"private":{"type":"Buffer","data":"%b"}}' % (
-                b2a_base64(public, newline=False),
-                b2a_base64(private, newline=False),
-            )
-            return Normalised(compact, _JSON_STRINGIFY, None)
+    compact = _pre_key_or_one_buffer(text)
+    if compact is not None:
+        return Normalised(compact, _JSON_STRINGIFY, None)
     try:
         value = orjson.loads(text)
         if text.find(_BYTES_AT_ONCE, 0, _AT_ONCE) < 0:
@@ -105,6 +94,29 @@ def normalise(text: bytes) -> Normalised:
         return Normalised(text, _NONE, _TOO_DEEP if error.msg.startswith("depth") else _NOT_JSON)
     except (RecursionError, orjson.JSONEncodeError):  # orjson reads 1,024 levels, but writes only 254
         return Normalised(text, _NONE, _TOO_DEEP)
+
+
+def _pre_key_or_one_buffer(text: bytes) -> bytes | None:
+    """The usual values that hold bytes, by their usual spelling; None for all others, which are for the walk."""
+    try:
+        head, tail = _ONE_BUFFER
+        if text.startswith(head):
+            if text.endswith(tail):
+                data = bytes(orjson.loads(text[len(head) - 1 : 1 - len(tail)]))
+                return b'{"type":"Buffer","data":"%b"}' % b2a_base64(data, newline=False)
+            return None
+        head, middle, tail = _PRE_KEY
+        if text.startswith(head) and text.endswith(tail):
+            end = text.find(middle)
+            public = bytes(orjson.loads(text[len(head) - 1 : end + 1]))
+            private = bytes(orjson.loads(text[end + len(middle) - 1 : 1 - len(tail)]))
+            return b'{"public":{"type":"Buffer","data":"%b"},"private":{"type":"Buffer","data":"%b"}}' % (
+                b2a_base64(public, newline=False),
+                b2a_base64(private, newline=False),
+            )
+    except (ValueError, TypeError):  # not JSON, or not of numbers from 0 to 255
+        pass
+    return None
 
 
 def _normalise_walking(text: bytes, value: object) -> Normalised:

@@ -6,6 +6,7 @@ together, so everything is read inside one REPEATABLE READ transaction and nothi
 
 from __future__ import annotations
 
+import functools
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -150,6 +151,7 @@ def _translating() -> Iterator[None]:
         raise db.translated(error) from None
 
 
+_record = functools.partial(tuple.__new__, Record)  # what Record() does, without Python code in between
 _ESCAPES = {b"b": b"\b", b"f": b"\f", b"n": b"\n", b"r": b"\r", b"t": b"\t", b"v": b"\v"}
 
 
@@ -178,7 +180,7 @@ def parse_row(line: bytes) -> Record:
             None if updated_at == b"\\N" else updated_at.decode(),
             None if expires_at == b"\\N" else expires_at.decode(),
         )
-    return Record(key_type.decode(), key_id.decode(), value, updated_at.decode(), expires_at.decode())
+    return _record((key_type.decode(), key_id.decode(), value, updated_at.decode(), expires_at.decode()))
 
 
 def _unescaped(field: bytes) -> bytes:

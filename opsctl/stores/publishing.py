@@ -41,7 +41,7 @@ ASIDE_KEPT = timedelta(days=7)
 _BUILDING, _READY, _OLD = "building", "ready", "old"
 _STAGING, _ASIDE, _UNDOING, _TRASH = "staging-", "aside-", "undoing-", "trash-"
 _HOLDER = "holder.json"
-_FLUSH_EVERY_S = 0.5
+_FLUSH_EVERY_S = 1.0
 
 _RENAME_NOREPLACE, _RENAME_EXCHANGE = 1, 2  # linux/fs.h
 _libc = ctypes.CDLL(None, use_errno=True)

@@ -77,7 +77,16 @@ def entry_json(entry: FileEntry) -> bytes:
 
     A copy, because what orjson gives keeps the kilobyte that it was written into.
     """
-    return orjson.dumps(dict(zip(_FIELDS, entry, strict=True)))[1:-1]
+    digest, key_type, key_id, form, updated_at, expires_at = entry
+    fields = {
+        "sha256": digest,
+        "type": key_type,
+        "id": key_id,
+        "form": form,
+        "updated_at": updated_at,
+        "expires_at": expires_at,
+    }
+    return orjson.dumps(fields)[1:-1]
 
 
 def entry_of(data: bytes) -> FileEntry:
