@@ -102,6 +102,9 @@ VARIABLES: tuple[Variable, ...] = (
     Variable("SESSIONS_DIR", _path, None, "Folder of the Baileys session folders (company_<id>).", "/srv/sessions"),
     Variable("APP_DIR", _path, None, "The service's folder; its owner owns what is restored.", "/srv/app"),
     Variable("OPSCTL_STATE_DIR", _path, None, "History and alert state. Else $XDG_STATE_HOME/opsctl."),
+    Variable("STANDBY_DIR", _path, None, "Folder of the warm copies. Else $OPSCTL_STATE_DIR/standby.", "/srv/standby"),
+    Variable("STANDBY_MAX_AGE_SECONDS", _whole(1, 86400), 300, "Alert when a warm copy is older, in seconds."),
+    Variable("STANDBY_KEEP_HOURS", _whole(1, 720), 24, "How long replaced warm copies are kept, in hours."),
     Variable("OPSCTL_ENVIRONMENT", _text, None, "Name of this installation. Else SENTRY_ENVIRONMENT.", "production"),
     Variable("RTO_TARGET_SECONDS", _whole(1, 86400), 600, "Recovery time objective, in seconds."),
     Variable("DB_CLEANUP_RETENTION_DAYS", _whole(7, 3650), 30, "Days to keep session keys before cleanup."),
@@ -182,6 +185,11 @@ class Settings:
             return Path.home() / ".local" / "state" / "opsctl"
         except RuntimeError:
             raise SettingsError("this user has no home, and OPSCTL_STATE_DIR is not set") from None
+
+    @property
+    def standby_dir(self) -> Path:
+        """STANDBY_DIR, else `standby` in the state folder."""
+        return Path(self["STANDBY_DIR"]) if self["STANDBY_DIR"] else self.state_dir / "standby"
 
     def secrets(self) -> tuple[str, ...]:
         """Every secret value, and the password inside a connection string, for whoever scrubs text."""
