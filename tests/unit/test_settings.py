@@ -27,6 +27,9 @@ DEFAULTS = {
     "SESSIONS_DIR": None,
     "APP_DIR": None,
     "OPSCTL_STATE_DIR": None,
+    "STANDBY_DIR": None,
+    "STANDBY_MAX_AGE_SECONDS": 300,
+    "STANDBY_KEEP_HOURS": 24,
     "OPSCTL_ENVIRONMENT": None,
     "RTO_TARGET_SECONDS": 600,
     "DB_CLEANUP_RETENTION_DAYS": 30,
@@ -253,3 +256,10 @@ def test_every_line_of_the_example_file_is_sound_once_it_is_set(tmp_path: Path) 
     assert settings.problems == ()
     for variable in VARIABLES:
         assert settings[variable.name] == variable.default or settings.all[variable.name].origin != "default"
+
+
+def test_the_warm_copies_lie_in_their_own_folder_else_in_the_state_folder(tmp_path: Path) -> None:
+    assert settings_of(tmp_path, OPSCTL_STATE_DIR="/state").standby_dir == Path("/state/standby")
+    assert settings_of(tmp_path, OPSCTL_STATE_DIR="/state", STANDBY_DIR="/srv/standby").standby_dir == Path(
+        "/srv/standby"
+    )
