@@ -108,6 +108,7 @@ VARIABLES: tuple[Variable, ...] = (
     Variable("OPSCTL_ENVIRONMENT", _text, None, "Name of this installation. Else SENTRY_ENVIRONMENT.", "production"),
     Variable("RTO_TARGET_SECONDS", _whole(1, 86400), 600, "Recovery time objective, in seconds."),
     Variable("DB_CLEANUP_RETENTION_DAYS", _whole(7, 3650), 30, "Days to keep session keys before cleanup."),
+    Variable("ARCHIVE_KEEP_DAYS", _whole(1, 3650), 90, "Days to keep the rows that were deleted or changed."),
     Variable("DB_QUERY_LATENCY_THRESHOLD_MS", _whole(1, 600000), 500, "Alert threshold for slow queries, in ms."),
     Variable("DB_POOL_USAGE_THRESHOLD", _share, 0.8, "Alert when more of the connections are in use."),
     Variable("CREDENTIALS_CACHE_TTL_MS", _whole(1, 86400000), 300000, "Life of a cached credentials entry, in ms."),
