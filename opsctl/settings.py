@@ -10,6 +10,7 @@ import os
 import re
 import sys
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
@@ -112,6 +113,8 @@ VARIABLES: tuple[Variable, ...] = (
     Variable("DB_QUERY_LATENCY_THRESHOLD_MS", _whole(1, 600000), 500, "Alert threshold for slow queries, in ms."),
     Variable("DB_POOL_USAGE_THRESHOLD", _share, 0.8, "Alert when more of the connections are in use."),
     Variable("CREDENTIALS_CACHE_TTL_MS", _whole(1, 86400000), 300000, "Life of a cached credentials entry, in ms."),
+    Variable("CREDENTIALS_CACHE_FILE", _path, None, "The service's cache. Else APP_DIR/.baileys-cache.json."),
+    Variable("CACHE_MAX_ENTRIES", _whole(1, 2000), 1000, "Companies in the credentials cache; the oldest go first."),
     Variable(
         "SENTRY_DSN",
         _http_address,
@@ -168,6 +171,20 @@ class Settings:
         if self["APP_DIR"]:
             return Path(self["APP_DIR"]) / "baileys_sessions"
         raise SettingsError("neither SESSIONS_DIR nor APP_DIR is set", hint="set one of them, or pass --to DIR")
+
+    @property
+    def cache_file(self) -> Path:
+        """CREDENTIALS_CACHE_FILE, else APP_DIR/.baileys-cache.json; raises `SettingsError` naming both."""
+        if self["CREDENTIALS_CACHE_FILE"]:
+            return Path(self["CREDENTIALS_CACHE_FILE"])
+        if self["APP_DIR"]:
+            return Path(self["APP_DIR"]) / ".baileys-cache.json"
+        raise SettingsError("neither CREDENTIALS_CACHE_FILE nor APP_DIR is set", hint="set one of them")
+
+    @property
+    def cache_ttl(self) -> timedelta:
+        """CREDENTIALS_CACHE_TTL_MS."""
+        return timedelta(milliseconds=self["CREDENTIALS_CACHE_TTL_MS"])
 
     @property
     def environment(self) -> str:

@@ -168,6 +168,22 @@ def converse(
     return Report(ok=found["ok"], companies=tuple(map(_company_report, found["companies"])))
 
 
+def write_cache(file: Path, creds: dict[str, Any]) -> None:
+    """Let a Node program cache creds by company as the service does; byte objects are Buffers before it saves them."""
+    _cache("write", str(file), stdin=json.dumps(creds))
+
+
+def read_cache(file: Path, *, ttl_ms: int) -> dict[str, Any]:
+    """The creds by company that the service would use; what it holds as a Buffer is a base64 byte object."""
+    found: dict[str, Any] = json.loads(_cache("read", str(file), str(ttl_ms)))
+    return found
+
+
+def _cache(*args: str, stdin: str = "") -> str:
+    command = [node(), str(HERE / "cache.mjs"), *args]
+    return subprocess.run(command, input=stdin, capture_output=True, text=True, timeout=60, check=True).stdout
+
+
 def expected_files(rows: Iterable[Row]) -> dict[tuple[str, str], str]:
     """(company_id, file name) -> SHA-256 of the file that Baileys would write for the row, whatever its byte form.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,8 @@ DEFAULTS = {
     "DB_QUERY_LATENCY_THRESHOLD_MS": 500,
     "DB_POOL_USAGE_THRESHOLD": 0.8,
     "CREDENTIALS_CACHE_TTL_MS": 300000,
+    "CREDENTIALS_CACHE_FILE": None,
+    "CACHE_MAX_ENTRIES": 1000,
     "SENTRY_DSN": None,
     "SENTRY_ENVIRONMENT": "production",
 }
@@ -264,3 +267,11 @@ def test_the_warm_copies_lie_in_their_own_folder_else_in_the_state_folder(tmp_pa
     assert settings_of(tmp_path, OPSCTL_STATE_DIR="/state", STANDBY_DIR="/srv/standby").standby_dir == Path(
         "/srv/standby"
     )
+
+
+def test_the_cache_is_where_it_is_said_to_be_else_in_the_services_folder() -> None:
+    assert load(environ={"APP_DIR": "/srv/app"}).cache_file == Path("/srv/app/.baileys-cache.json")
+    assert load(environ={"APP_DIR": "/srv/app", "CREDENTIALS_CACHE_FILE": "/a/b.json"}).cache_file == Path("/a/b.json")
+    assert load(environ={"CREDENTIALS_CACHE_TTL_MS": "1500"}).cache_ttl == timedelta(seconds=1.5)
+    with pytest.raises(SettingsError, match="neither CREDENTIALS_CACHE_FILE nor APP_DIR is set"):
+        _ = load(environ={}).cache_file
