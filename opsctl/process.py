@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -13,6 +14,16 @@ import orjson
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+
+
+@dataclass(frozen=True, slots=True)
+class Account:
+    """A user of this machine, to run programs as."""
+
+    name: str
+    uid: int
+    gid: int
+    home: Path
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,20 +54,33 @@ def bare_environment(**more: str) -> dict[str, str]:
     return {"PATH": os.environ.get("PATH", os.defpath), "PYTHONPATH": package, "LANG": "C.UTF-8", **more}
 
 
-def run(words: Sequence[str], *, environment: Mapping[str, str], timeout_s: float) -> Finished:
-    """Run a program to its end, or kill it after `timeout_s`."""
-    try:
-        done = subprocess.run(
-            list(words),
-            env=dict(environment),
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            timeout=timeout_s,
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
-        return Finished(None, b"", f"still running after {timeout_s:g} s")
-    return Finished(done.returncode, done.stdout, done.stderr.decode(errors="replace"))
+def run(
+    words: Sequence[str], *, environment: Mapping[str, str], timeout_s: float, account: Account | None = None
+) -> Finished:
+    """Run a program to its end, or kill it and what it started after `timeout_s`. Raises OSError where it cannot run.
+
+    As root it can run as another `account`, with that user's groups.
+    """
+    with subprocess.Popen(
+        list(words),
+        env=dict(environment),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+        cwd="/" if account else None,  # where every user may be
+        user=account.uid if account else None,
+        group=account.gid if account else None,
+        extra_groups=os.getgrouplist(account.name, account.gid) if account else None,
+    ) as program:
+        try:
+            stdout, stderr = program.communicate(timeout=timeout_s)
+        except subprocess.TimeoutExpired:
+            return Finished(None, b"", f"still running after {timeout_s:g} s")
+        finally:
+            if program.returncode is None:  # also where a signal asks us to stop
+                os.killpg(program.pid, signal.SIGKILL)
+    return Finished(program.returncode, stdout, stderr.decode(errors="replace"))
 
 
 def start(words: Sequence[str], *, environment: Mapping[str, str]) -> subprocess.Popen[bytes]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import sys
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -67,6 +68,25 @@ def _one_of(*words: str) -> Callable[[str], str]:
     return parse
 
 
+def _names(value: str) -> tuple[str, ...]:
+    names = tuple(name.strip() for name in value.split(","))
+    # `all` and a leading dash would be something else to PM2.
+    if not all(re.fullmatch(r"(?!all$)[A-Za-z0-9_@][A-Za-z0-9_.@:-]*", name) for name in names):
+        raise ValueError("is not a list of service names with commas between them")
+    return names
+
+
+def _paths(value: str) -> tuple[Path, ...]:
+    return tuple(_path(path.strip()) for path in value.split(","))
+
+
+def _words(value: str) -> tuple[str, ...]:
+    try:
+        return tuple(shlex.split(value))
+    except ValueError:
+        raise ValueError("has an open quote") from None
+
+
 def _http_address(value: str) -> str:
     if not re.fullmatch(r"https?://[^\s/]+(/\S*)?", value):
         raise ValueError("is not an http(s) address")
@@ -102,6 +122,37 @@ VARIABLES: tuple[Variable, ...] = (
     Variable("POSTGRES_SSL_MODE", _one_of(*SSL_MODES), None, f"TLS: {', '.join(SSL_MODES)}.", "verify-full"),
     Variable("SESSIONS_DIR", _path, None, "Folder of the Baileys session folders (company_<id>).", "/srv/sessions"),
     Variable("APP_DIR", _path, None, "The service's folder; its owner owns what is restored.", "/srv/app"),
+    Variable(
+        "SERVICE_MANAGER",
+        _one_of("pm2", "systemd", "command", "none"),
+        "none",
+        "Who starts and stops the service: pm2, systemd, command (the three commands below) or none.",
+    ),
+    Variable(
+        "SERVICE_NAMES",
+        _names,
+        (),
+        "Every service that owns sessions, with commas between them.",
+        "baileys-whatsapp-service",
+    ),
+    Variable("SERVICE_USER", _text, None, "Whose PM2 it is. Else the owner of APP_DIR.", "app"),
+    Variable("PM2_HOME", _path, None, "The folder of that PM2. Else .pm2 in its user's home.", "/home/app/.pm2"),
+    Variable(
+        "SERVICE_STATUS_COMMAND",
+        _words,
+        (),
+        "Gets a name; exits 0 and prints the pids where it runs, 3 where it is stopped. No shell.",
+        "/usr/local/bin/service-status",
+    ),
+    Variable("SERVICE_STOP_COMMAND", _words, (), "Gets a name and stops it.", "/usr/local/bin/service-stop"),
+    Variable("SERVICE_START_COMMAND", _words, (), "Gets a name and starts it.", "/usr/local/bin/service-start"),
+    Variable(
+        "SERVICE_LOG",
+        _paths,
+        (),
+        "The service's log files, with commas between them, where its manager does not know them.",
+        "/var/log/app/service.log",
+    ),
     Variable("OPSCTL_STATE_DIR", _path, None, "History and alert state. Else $XDG_STATE_HOME/opsctl."),
     Variable("STANDBY_DIR", _path, None, "Folder of the warm copies. Else $OPSCTL_STATE_DIR/standby.", "/srv/standby"),
     Variable("STANDBY_MAX_AGE_SECONDS", _whole(1, 86400), 300, "Alert when a warm copy is older, in seconds."),
@@ -127,6 +178,10 @@ VARIABLES: tuple[Variable, ...] = (
 )
 
 
+def _shown(value: Any) -> str:  # noqa: ANN401 - each variable has its own type
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
 @dataclass(frozen=True, slots=True)
 class Setting:
     """One effective value. `origin` is `environment`, the file's path, or `default`."""
@@ -140,7 +195,7 @@ class Setting:
         """The value as it may be printed: secrets never are."""
         if self.value is None:
             return ""
-        return "********" if self.variable.secret else str(self.value)
+        return "********" if self.variable.secret else _shown(self.value)
 
 
 @dataclass(frozen=True)
@@ -285,7 +340,7 @@ def env_example() -> str:
     lines = ["# Settings of opsctl. All are optional; the environment wins over this file.", ""]
     for variable in VARIABLES:
         lines.append(f"# {variable.meaning}")
-        value = variable.example or ("" if variable.default is None else str(variable.default))
+        value = variable.example or ("" if variable.default is None else _shown(variable.default))
         lines += [f"#{variable.name}={value}", ""]
     return "\n".join(lines)
 

@@ -27,6 +27,14 @@ DEFAULTS = {
     "POSTGRES_SSL_MODE": None,
     "SESSIONS_DIR": None,
     "APP_DIR": None,
+    "SERVICE_MANAGER": "none",
+    "SERVICE_NAMES": (),
+    "SERVICE_USER": None,
+    "PM2_HOME": None,
+    "SERVICE_STATUS_COMMAND": (),
+    "SERVICE_STOP_COMMAND": (),
+    "SERVICE_START_COMMAND": (),
+    "SERVICE_LOG": (),
     "OPSCTL_STATE_DIR": None,
     "STANDBY_DIR": None,
     "STANDBY_MAX_AGE_SECONDS": 300,
@@ -72,6 +80,9 @@ def test_what_nobody_sets_has_its_documented_default() -> None:
         ("DB_POOL_USAGE_THRESHOLD", "1", 1.0),
         ("DB_POOL_USAGE_THRESHOLD", ".5", 0.5),
         ("SENTRY_DSN", "https://key@sentry.example.com/1", "https://key@sentry.example.com/1"),
+        ("SERVICE_NAMES", "a, b@1.service ,c", ("a", "b@1.service", "c")),
+        ("SERVICE_LOG", "/var/log/a, /var/log/b", (Path("/var/log/a"), Path("/var/log/b"))),
+        ("SERVICE_STOP_COMMAND", "/bin/my-stop --now; rm", ("/bin/my-stop", "--now;", "rm")),
     ],
 )
 def test_a_value_is_read_alike_from_the_environment_and_from_the_file(
@@ -120,6 +131,12 @@ def test_an_empty_value_is_not_set_and_lets_the_next_one_speak(tmp_path: Path, n
         ("DB_POOL_USAGE_THRESHOLD", "-0.5", "('-0.5') is not a number"),
         ("DB_POOL_USAGE_THRESHOLD", "nan", "('nan') is not a number"),
         ("SENTRY_DSN", SECRET, "is not an http(s) address"),
+        ("SERVICE_MANAGER", "init", "('init') is not one of pm2, systemd, command, none"),
+        ("SERVICE_NAMES", "all", "('all') is not a list of service names"),
+        ("SERVICE_NAMES", "a,,b", "('a,,b') is not a list of service names"),
+        ("SERVICE_NAMES", "--version", "('--version') is not a list of service names"),
+        ("SERVICE_LOG", "/var/log/a,b", "('/var/log/a,b') is not an absolute path"),
+        ("SERVICE_STOP_COMMAND", "a 'b", "has an open quote"),
     ],
 )
 def test_a_value_that_makes_no_sense_is_named_and_stops(tmp_path: Path, name: str, text: str, problem: str) -> None:
