@@ -12,6 +12,18 @@ if TYPE_CHECKING:
     from opsctl.journal import Step
 
 
+def duration(seconds: float) -> str:
+    """A time as people read it: `5 s`, `12 min`, `3 h`, `40 d`.
+
+    >>> duration(119), duration(120), duration(-7200)
+    ('119 s', '2 min', '-2 h')
+    """
+    for size, unit in ((86400, "d"), (3600, "h"), (60, "min")):
+        if abs(seconds) >= 2 * size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{seconds:.0f} s"
+
+
 class Outcome(StrEnum):
     """How the world is after the command."""
 

@@ -29,9 +29,11 @@ from opsctl.report import Ending, Failure, Report, Rto
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
+    from contextlib import AbstractContextManager
     from types import FrameType
 
     from opsctl.settings import Settings
+    from opsctl.stores.postgres import Snapshot
 
 EMERGENCY_DEADLINE_S = 60.0
 SHORTEST_DEADLINE_S, LONGEST_DEADLINE_S = 0.1, 86400.0
@@ -170,6 +172,20 @@ class Invocation:
         from opsctl.settings import load
 
         return load(self.env_file)
+
+    def database(self) -> Callable[[], AbstractContextManager[Snapshot]]:
+        """Opens one snapshot of the database under the run's deadline, when called. Raises `SettingsError`."""
+        from opsctl import db
+        from opsctl.stores.postgres import snapshot
+
+        address = db.address(self.settings)
+
+        @contextmanager
+        def open_snapshot() -> Iterator[Snapshot]:
+            with db.connect(address, self.deadline.remaining()) as connection, snapshot(connection) as opened:
+                yield opened
+
+        return open_snapshot
 
     def confirm(self, question: str) -> None:
         """Ask before something that can hurt. Without a terminal `--yes` is needed (2); a no is a refusal (5)."""

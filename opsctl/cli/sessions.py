@@ -1,7 +1,6 @@
 """`opsctl sessions ...`: Baileys session folders."""
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import suppress
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -12,9 +11,6 @@ from opsctl.cli.frame import Companies, DryRun, Group, Invocation, Since, Yes, c
 from opsctl.report import Report
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from opsctl.stores.postgres import Snapshot
     from opsctl.stores.publishing import Owner
 
 app = typer.Typer(cls=Group, help="Baileys session folders: restore, verify, list, undo.")
@@ -98,10 +94,10 @@ def restore(
         accept_damaged=accept_damaged,
     )
     if dry_run:
-        return preview_restore(_database(run), wish, journal=run.journal, remaining=run.deadline.remaining)
+        return preview_restore(run.database(), wish, journal=run.journal, remaining=run.deadline.remaining)
     if replace or discard_changes:
         run.confirm(f"Set aside what stands in {target} and restore over it?")
-    return restore_sessions(_database(run), wish, journal=run.journal, remaining=run.deadline.remaining)
+    return restore_sessions(run.database(), wish, journal=run.journal, remaining=run.deadline.remaining)
 
 
 @command(
@@ -170,7 +166,7 @@ def verify(
     companies = tuple(company or ())
     if against is None:
         return verify_folders(target, companies=companies, journal=run.journal)
-    return verify_against(_database(run), target, companies=companies, journal=run.journal)
+    return verify_against(run.database(), target, companies=companies, journal=run.journal)
 
 
 @command(
@@ -187,7 +183,7 @@ def list_(ctx: typer.Context, to: To = None, company: Companies = None) -> Repor
 
     run: Invocation = ctx.obj
     target = to.absolute() if to else run.settings.sessions_dir
-    return list_sessions(_database(run), target, companies=tuple(company or ()), journal=run.journal)
+    return list_sessions(run.database(), target, companies=tuple(company or ()), journal=run.journal)
 
 
 def _owner(run: Invocation, name: str | None, target: Path) -> "Owner":
@@ -207,18 +203,3 @@ def _owner(run: Invocation, name: str | None, target: Path) -> "Owner":
         return Owner.of(target)
     except OSError:  # missing, or out of reach: for `check_root` to say
         return Owner.current()
-
-
-def _database(run: Invocation) -> "Callable[[], AbstractContextManager[Snapshot]]":
-    """Opens one snapshot of the database under the run's deadline, when called."""
-    from opsctl import db
-    from opsctl.stores.postgres import snapshot
-
-    address = db.address(run.settings)
-
-    @contextmanager
-    def open_snapshot() -> Iterator["Snapshot"]:
-        with db.connect(address, run.deadline.remaining()) as connection, snapshot(connection) as opened:
-            yield opened
-
-    return open_snapshot

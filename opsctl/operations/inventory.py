@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from opsctl.baileys.filenames import CREDS_FILE, UnwritableName, folder_name
 from opsctl.errors import DatabaseUnavailable, Refused
-from opsctl.report import Column, Failure, Report
+from opsctl.report import Column, Failure, Report, duration
 from opsctl.stores.folder import OPSCTL_FOLDER, opened, origin_of
 
 if TYPE_CHECKING:
@@ -152,14 +152,11 @@ def _folder(company: str) -> str | None:
 
 
 def _age(moment: str | None, now: datetime) -> str | None:
-    """`5 s`, `12 min`, `3 h`, `40 d` since PostgreSQL's text of a time."""
+    """How long ago PostgreSQL's text of a time is."""
     if moment is None:
         return None
     try:
         seconds = (now - datetime.fromisoformat(moment)).total_seconds()
     except ValueError:  # `infinity`, or a year that Python has not
         return moment
-    for size, unit in ((86400, "d"), (3600, "h"), (60, "min")):
-        if abs(seconds) >= 2 * size:
-            return f"{seconds / size:.0f} {unit}"
-    return f"{seconds:.0f} s"
+    return duration(seconds)

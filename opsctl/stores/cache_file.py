@@ -355,6 +355,10 @@ class CredentialsCache:
         """Why the file as a whole was no cache."""
         return self._found.torn if self._found else None
 
+    def known(self) -> list[str]:
+        """Every company of which the file or this cache holds anything, usable or not."""
+        return [*self._entries, *(entry.company_id for entry in self.damaged if entry.company_id not in self._entries)]
+
     def get(self, company_id: str) -> dict[str, Any] | None:
         """A copy of the company's creds with byte objects as `bytes`; None where there are none that count."""
         entry = self._entries.get(company_id)

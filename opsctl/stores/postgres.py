@@ -73,6 +73,14 @@ class Creds:
     updated_at: str | None
 
 
+@dataclass(frozen=True, slots=True)
+class CompanyCreds:
+    """The credentials of one of all companies: JSON text."""
+
+    company_id: str
+    creds: str
+
+
 class Snapshot:
     """All companies at one instant. Made by `snapshot`."""
 
@@ -122,6 +130,12 @@ class Snapshot:
         with _translating():
             found = db.rows(self._connection, query("read_creds"), Creds, company_id=company_id)
         return found[0] if found else None
+
+    def all_creds(self) -> dict[str, bytes]:
+        """Every company's credentials, by id."""
+        with _translating():
+            found = db.rows(self._connection, query("list_creds"), CompanyCreds)
+        return {row.company_id: row.creds.encode() for row in found}
 
     def key_rows(self, company_id: str) -> Iterator[bytes]:
         """The company's keys, in no order: lines of COPY's text format, many at a time (`parse_rows` reads them)."""
