@@ -128,21 +128,46 @@ def address(settings: Settings) -> dict[str, Any]:
     return {**parameters, "application_name": "opsctl", "client_encoding": "UTF8"}
 
 
-def _parsed(url: str) -> dict[str, Any]:
+def replica_address(settings: Settings) -> dict[str, Any] | None:
+    """libpq parameters from OPSCTL_REPLICA_URL, None where it is not set. Raises `SettingsError`."""
+    if not settings["OPSCTL_REPLICA_URL"]:
+        return None
+    parameters = _parsed(str(settings["OPSCTL_REPLICA_URL"]), "OPSCTL_REPLICA_URL")
+    return {**parameters, "application_name": "opsctl", "client_encoding": "UTF8"}
+
+
+def each_host(parameters: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """One address per host of a list: libpq would try one after the other, and a frozen one would take all the time.
+
+    >>> [one["host"] for one in each_host({"host": "a,b", "port": "5432", "target_session_attrs": "read-write"})]
+    ['a', 'b']
+    """
+    lists = {word: str(parameters[word]).split(",") for word in ("host", "hostaddr", "port") if parameters.get(word)}
+    count = max((len(values) for values in lists.values()), default=1)
+    if count == 1:
+        return [dict(parameters)]
+    shared = {word: value for word, value in parameters.items() if word not in {*lists, "target_session_attrs"}}
+    return [
+        shared | {word: values[index] if len(values) > 1 else values[0] for word, values in lists.items()}
+        for index in range(count)
+    ]
+
+
+def _parsed(url: str, variable: str = "DATABASE_URL") -> dict[str, Any]:
     try:
         parameters: dict[str, Any] = conninfo.conninfo_to_dict(_for_libpq(url))
     except (psycopg.Error, ValueError):  # the message quotes the password
         raise SettingsError(
-            "DATABASE_URL is not a connection string", hint="postgresql://user:password@host:port/database"
+            f"{variable} is not a connection string", hint="postgresql://user:password@host:port/database"
         ) from None
     # A `/` or `@` in a password that is not percent-encoded parses, and puts parts of it into the port, the host or the
     # database, which messages show. A host that begins with an `@` is an abstract socket's.
     ports = str(parameters.get("port", "5432")).split(",")
     if not all(port.isdigit() and 0 < int(port) < 65536 for port in ports):
-        raise SettingsError("DATABASE_URL has a port that is no number", hint=_ENCODE)
+        raise SettingsError(f"{variable} has a port that is no number", hint=_ENCODE)
     for word, what in (("host", "host name"), ("dbname", "database name")):
         if "@" in str(parameters.get(word, "")).lstrip("@"):
-            raise SettingsError(f"DATABASE_URL has a {what} with an @ in it", hint=_ENCODE)
+            raise SettingsError(f"{variable} has a {what} with an @ in it", hint=_ENCODE)
     return parameters
 
 
@@ -161,13 +186,15 @@ def place(parameters: Mapping[str, Any]) -> str:
 
 
 @contextmanager
-def connect(parameters: Mapping[str, Any], remaining_s: float | None) -> Iterator[Connection]:
+def connect(
+    parameters: Mapping[str, Any], remaining_s: float | None, *, connect_s: float = CONNECT_S
+) -> Iterator[Connection]:
     """A connection that gives up when `remaining_s` are over. Transient failures are tried three times.
 
     Raises `DatabaseUnavailable`, also for errors of statements inside the block.
     """
     give_up_at = time.monotonic() + (float("inf") if remaining_s is None else remaining_s)
-    connection = _connect_with_retry(parameters, min(give_up_at, time.monotonic() + CONNECT_S))
+    connection = _connect_with_retry(parameters, min(give_up_at, time.monotonic() + connect_s))
     connection.give_up_at = give_up_at
     try:
         yield connection

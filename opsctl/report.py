@@ -75,6 +75,8 @@ class Report:
     rows: Sequence[Any] = ()
     columns: Sequence[Column] = ()
     facts: Mapping[str, Any] = field(default_factory=dict)
+    notes: Sequence[str] = ()
+    """Whole sentences that everybody reads and that are nothing to worry about."""
     warnings: Sequence[str] = ()
     next_lines: Sequence[str] = ()
     details: Sequence[str] = ()
@@ -86,6 +88,8 @@ class Report:
     rto_met: bool | None = None
     rto_elapsed_s: float | None = None
     """Where the clock that counts is not this run's own: a drill's restore."""
+    rto_reached_at: float | None = None
+    """Monotonic seconds at which the clock stopped, where tidying up came after it."""
     companies: Sequence[str] = ()
     """The companies a failure concerns, for the alert's tags."""
 
@@ -135,4 +139,5 @@ class Ending:
             "rto": self.rto,
             "error": report.failure,
             "sentry_event_id": self.sentry_event_id,
+            "notes": list(report.notes),
         }

@@ -120,6 +120,14 @@ VARIABLES: tuple[Variable, ...] = (
     Variable("POSTGRES_USER", _text, None, "Role; SELECT on the two tables is enough to restore.", "opsctl"),
     Variable("POSTGRES_PASSWORD", _text, None, "Its password.", "password", secret=True),
     Variable("POSTGRES_SSL_MODE", _one_of(*SSL_MODES), None, f"TLS: {', '.join(SSL_MODES)}.", "verify-full"),
+    Variable(
+        "OPSCTL_REPLICA_URL",
+        _text,
+        None,
+        "A replica to restore from when the primary is gone, as a libpq URL.",
+        "postgresql://user:password@replica.example.com:5432/whatsapp?sslmode=verify-full",
+        secret=True,
+    ),
     Variable("SESSIONS_DIR", _path, None, "Folder of the Baileys session folders (company_<id>).", "/srv/sessions"),
     Variable("APP_DIR", _path, None, "The service's folder; its owner owns what is restored.", "/srv/app"),
     Variable(

@@ -328,7 +328,8 @@ class _Frame:
         rto = None
         if report.rto_scope is not None:
             target_s = float(run.raw_settings["RTO_TARGET_SECONDS"])
-            counted_s = elapsed_s if report.rto_elapsed_s is None else report.rto_elapsed_s
+            after_s = 0.0 if report.rto_reached_at is None else time.monotonic() - report.rto_reached_at
+            counted_s = round(elapsed_s - after_s, 3) if report.rto_elapsed_s is None else report.rto_elapsed_s
             met = False if counted_s > target_s else report.rto_met
             rto = Rto(target_s, counted_s, report.rto_scope, met, run.journal.steps)
         return Ending(

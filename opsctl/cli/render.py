@@ -80,6 +80,7 @@ def _lines(report: Report, *, verbose: bool) -> list[str]:
         out += [_drawn(_table(report)).rstrip("\n")]
     if report.failure is None or report.summary != report.failure.message:  # which stderr says
         out.append(_sentence(report.summary))
+    out += [_sentence(note) for note in report.notes]
     out += [_sentence(f"warning: {warning}") for warning in report.warnings]
     if verbose:
         out += [_sentence(f"  {detail}") for detail in report.details]

@@ -1,6 +1,7 @@
 """`opsctl sessions ...`: Baileys session folders."""
 
 from contextlib import suppress
+from dataclasses import replace as replace_fields
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -11,6 +12,10 @@ from opsctl.cli.frame import Companies, DryRun, Group, Invocation, Since, Yes, c
 from opsctl.report import Report
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+    from contextlib import AbstractContextManager
+
+    from opsctl.operations.sources import Found
     from opsctl.stores.publishing import Owner
 
 app = typer.Typer(cls=Group, help="Baileys session folders: restore, verify, list, undo.")
@@ -25,6 +30,9 @@ class RestoreSource(StrEnum):
 
     AUTO = "auto"
     DATABASE = "database"
+    REPLICA = "replica"
+    STANDBY = "standby"
+    CACHE = "cache"
 
 
 class Against(StrEnum):
@@ -52,6 +60,10 @@ def restore(
     ] = None,
     company: Companies = None,
     source: Annotated[RestoreSource, typer.Option("--source", help="Where to restore from.")] = RestoreSource.AUTO,
+    generation: Annotated[
+        str | None,
+        typer.Option("--generation", metavar="N", help="From this generation of the standby (opsctl standby status)."),
+    ] = None,
     service_stopped: Annotated[
         bool, typer.Option("--service-stopped", help="My word: the service was stopped before this. The copy is fresh.")
     ] = False,
@@ -93,11 +105,12 @@ def restore(
         discard_changes=discard_changes,
         accept_damaged=accept_damaged,
     )
+    find = _sources(run, source, generation, wish.owner)
     if dry_run:
-        return preview_restore(run.database(), wish, journal=run.journal, remaining=run.deadline.remaining)
+        return preview_restore(find, wish, journal=run.journal, remaining=run.deadline.remaining)
     if replace or discard_changes:
         run.confirm(f"Set aside what stands in {target} and restore over it?")
-    return restore_sessions(run.database(), wish, journal=run.journal, remaining=run.deadline.remaining)
+    return restore_sessions(find, wish, journal=run.journal, remaining=run.deadline.remaining)
 
 
 @command(
@@ -203,3 +216,35 @@ def _owner(run: Invocation, name: str | None, target: Path) -> "Owner":
         return Owner.of(target)
     except OSError:  # missing, or out of reach: for `check_root` to say
         return Owner.current()
+
+
+def _sources(
+    run: Invocation, wanted: RestoreSource, generation: str | None, owner: "Owner"
+) -> "Callable[[], AbstractContextManager[Found]]":
+    """Asks every source that is configured and wanted, when called."""
+    from opsctl import db
+    from opsctl.errors import SettingsError, UsageError
+    from opsctl.operations.sources import Kind, Places, found
+    from opsctl.stores.standby import Standby
+
+    if generation is not None and wanted is RestoreSource.AUTO:
+        wanted = RestoreSource.STANDBY
+    if generation is not None and wanted is not RestoreSource.STANDBY:
+        raise UsageError("--generation is of the standby", hint="leave --source out, or say --source standby")
+    settings, anything = run.settings, wanted is RestoreSource.AUTO
+    places = Places(only=None if anything else Kind(wanted.value), generation=generation)
+    if anything or wanted is RestoreSource.DATABASE:
+        try:
+            places = replace_fields(places, database=db.each_host(db.address(settings)))
+        except SettingsError as error:
+            places = replace_fields(places, database_problem=error)
+    if anything or wanted is RestoreSource.REPLICA:
+        replica = db.replica_address(settings)
+        if replica is None and not anything:
+            raise SettingsError("OPSCTL_REPLICA_URL is not set", hint="opsctl config show")
+        places = replace_fields(places, replica=db.each_host(replica) if replica else ())
+    if anything or wanted in {RestoreSource.STANDBY, RestoreSource.CACHE}:
+        places = replace_fields(places, standby=Standby(settings.standby_dir, settings.environment, owner))
+    if wanted is RestoreSource.CACHE or (anything and (settings["CREDENTIALS_CACHE_FILE"] or settings["APP_DIR"])):
+        places = replace_fields(places, cache=settings.cache_file)
+    return lambda: found(places, remaining=run.deadline.remaining)

@@ -89,12 +89,9 @@ def list_sessions(
 
 
 def _from_database(snapshot: Snapshot, now: datetime) -> dict[str, SessionRow]:
-    counts: dict[str, dict[str, int]] = {}
-    for count in snapshot.key_counts():
-        counts.setdefault(count.company_id, {})[count.key_type] = count.key_count
     rows = {}
     for tenant in snapshot.tenants():
-        by_type = counts.get(tenant.company_id, {})
+        by_type = tenant.keys_by_type or {}
         rows[tenant.company_id] = SessionRow(
             company=tenant.company_id,
             keys=tenant.key_count,

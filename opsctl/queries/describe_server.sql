@@ -5,5 +5,6 @@ SELECT
     pg_is_in_recovery() AS in_recovery,
     current_setting('server_version_num')::int AS server_version,
     now()::text AS snapshot_at,
+    CASE WHEN pg_is_in_recovery() THEN pg_last_xact_replay_timestamp() END::text AS replayed_at,
     (now() - interval '15 minutes')::text AS busy_since,
     pg_backend_pid() AS backend_pid

@@ -1,4 +1,4 @@
--- The companies that have credentials, where the table of keys is damaged and cannot be counted.
-SELECT company_id, true AS has_creds, 0 AS key_count, updated_at::text AS newest_at
+-- The companies that have credentials, and when they were last written.
+SELECT company_id, updated_at::text AS updated_at
 FROM whatsapp_auth
 ORDER BY company_id

@@ -7,9 +7,10 @@ together, so everything is read inside one REPEATABLE READ transaction and nothi
 from __future__ import annotations
 
 import functools
+import time
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import psycopg
 
@@ -19,7 +20,9 @@ from opsctl.queries import query
 from opsctl.stores.records import Record
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +41,8 @@ class Server:
     in_recovery: bool
     server_version: int
     snapshot_at: str
+    replayed_at: str | None
+    """Of a replica: when the last transaction that it has was committed."""
     busy_since: str
     """15 minutes before the snapshot, in the same form as a record's times."""
     backend_pid: int
@@ -51,8 +56,29 @@ class Tenant:
 
     company_id: str
     has_creds: bool
-    key_count: int
+    keys_by_type: dict[str, int] | None
+    """None where the table of keys is damaged and cannot be counted."""
     newest_at: str | None
+
+    @property
+    def key_count(self) -> int:
+        return sum((self.keys_by_type or {}).values())
+
+
+@dataclass(frozen=True, slots=True)
+class Account:
+    """Whose credentials a company has: `me.id`, None for an abandoned pairing."""
+
+    company_id: str
+    me_id: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class CredsDate:
+    """When a company's credentials were last written."""
+
+    company_id: str
+    updated_at: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,33 +123,60 @@ class Snapshot:
 
     def tenants(self) -> list[Tenant]:
         """Every company that has credentials or keys, by id; without the keys where their table is damaged."""
+        with _translating():
+            written = {row.company_id: row.updated_at for row in self._rows("list_credentials", CredsDate)}
         try:
             with self.company(), _translating(), self._connection.counting():
-                return db.rows(self._connection, query("list_companies"), Tenant)
+                counts = self._rows("count_keys", KeyCount)
         except DatabaseUnavailable as error:
             if error.kind != "corrupt":
                 raise
             self.damage = error.message
-        with _translating():
-            return db.rows(self._connection, query("list_credentials"), Tenant)
+            return [Tenant(company, True, None, newest) for company, newest in sorted(written.items())]
+        by_company: dict[str, dict[str, int]] = {company: {} for company in written}
+        newest: dict[str, str | None] = dict(written)
+        for count in counts:
+            company = count.company_id
+            by_company.setdefault(company, {})[count.key_type] = count.key_count
+            # Text of one zone and form, which sorts as the times do.
+            newest[company] = max(newest.get(company) or "", count.newest_at or "") or None
+        return [
+            Tenant(company, company in written, by_company[company], newest[company]) for company in sorted(by_company)
+        ]
 
-    def key_counts(self) -> list[KeyCount]:
-        """Keys per company and type."""
-        with _translating(), self._connection.counting():
-            return db.rows(self._connection, query("count_keys"), KeyCount)
+    def _rows(self, name: str, into: Callable[..., T]) -> list[T]:
+        return db.rows(self._connection, query(name), into)
+
+    def accounts(self) -> list[Account]:
+        """The account of every company that has credentials; none where their table cannot be read whole."""
+        try:
+            with self.company(), _translating(), self._connection.counting():
+                return db.rows(self._connection, query("list_accounts"), Account)
+        except DatabaseUnavailable as error:
+            if error.kind != "corrupt":
+                raise
+            self.damage = error.message
+            return []
+
+    def give_up_after(self, remaining_s: float | None) -> None:
+        """From here on the snapshot is read under another clock than the one it was opened with."""
+        self._connection.give_up_at = time.monotonic() + (float("inf") if remaining_s is None else remaining_s)
 
     @contextmanager
     def company(self) -> Iterator[None]:
         """Around the reading of one company: damage that the server reports in it does not end the snapshot."""
-        self._connection.execute("SAVEPOINT company")
+        with _translating():
+            self._connection.execute("SAVEPOINT company")
         try:
             yield
         except DatabaseUnavailable as error:
             if error.kind != "corrupt":
                 raise
-            self._connection.execute("ROLLBACK TO SAVEPOINT company")
+            with _translating():
+                self._connection.execute("ROLLBACK TO SAVEPOINT company")
             raise
-        self._connection.execute("RELEASE SAVEPOINT company")
+        with _translating():
+            self._connection.execute("RELEASE SAVEPOINT company")
 
     def creds(self, company_id: str) -> Creds | None:
         """The company's credentials, or None."""

@@ -229,6 +229,7 @@ class Staging:
         self.run_id = run_id
         self.building_fd = building_fd
         self.published = False
+        self._discarded = 0
 
     def sync(self) -> None:
         """One sync of the filesystem for all that was written. Raises OSError for what the disk did not take."""
@@ -256,6 +257,23 @@ class Staging:
             yield
         finally:
             stop.set()
+
+    def take(self, ready: Path, folder: str) -> bool:
+        """Move a copy that stands ready to where `folder` is built. False where only a copy of it can be made."""
+        try:
+            os.rename(ready, folder, dst_dir_fd=self.building_fd)
+        except OSError as error:
+            if error.errno in {errno.EXDEV, errno.ENOENT, errno.EACCES, errno.EPERM}:
+                return False
+            raise
+        return True
+
+    def discard(self, folder: str) -> None:
+        """Out of the way with what was built of a company, for another try. It is deleted when all is done."""
+        self._discarded += 1
+        with suppress(FileNotFoundError):
+            aside = f".discarded-{self._discarded}"
+            os.rename(folder, aside, src_dir_fd=self.building_fd, dst_dir_fd=self.building_fd)
 
     def publish(self, folder: str) -> None:
         """Put one verified folder in place."""

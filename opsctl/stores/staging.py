@@ -7,21 +7,32 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from itertools import chain
 from typing import TYPE_CHECKING
 
 from opsctl.baileys import buffers, credentials, key_types
-from opsctl.baileys.filenames import CREDS_FILE, MANIFEST_FILE, UnwritableName, key_file_name
-from opsctl.stores.folder import digests_of, read_file
-from opsctl.stores.records import CREDS_TYPE, FileEntry, Origin, Record, entry_json, entry_of, manifest_lines
+from opsctl.baileys.filenames import CREDS_FILE, MANIFEST_FILE, UnwritableName, is_ignored, key_file_name
+from opsctl.stores.folder import digests_of, entries_of, read_file
+from opsctl.stores.records import (
+    CREDS_TYPE,
+    FileEntry,
+    ManifestDamaged,
+    Origin,
+    Record,
+    entry_json,
+    entry_of,
+    manifest_lines,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 _CREATE = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _EXAMPLES = 3
+_TOLD_EVERY = 1_000
 _LISTED = 1_000
 _BLOCK = 4096
 # Files are written some dozens at a time: interpreter and kernel each find their own caches and branch predictions
@@ -65,6 +76,8 @@ class Order:
     """Sessions written after this moment count as busy chats: those a stale copy may hurt."""
     fresh: bool
     drop_stale: bool
+    creds_form: str | None = None
+    """How the row had its bytes, where the credentials come from another copy of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +133,7 @@ class CompanyWriter:
         self._pending: list[tuple[str, bytes]] = []
         self._pending_bytes = 0
         normalised = buffers.normalise(order.creds)
-        self._creds_form = normalised.form
+        self._creds_form = order.creds_form or normalised.form
         self._examined = credentials.examine(normalised.data)
         self._creds = normalised.data
         self._summary = credentials.KeySummary()
@@ -128,10 +141,7 @@ class CompanyWriter:
     def add(self, record: Record) -> None:
         """Write one key. A bad value is written as it is and warned of; what cannot be a file is left out, listed."""
         key_type, key_id, value, updated_at, expires_at = record
-        if key_type == "session" and updated_at is not None and updated_at > self._order.busy_since:
-            self._busy += 1
-        if self._order.drop_stale and self._is_dropped(key_type, key_id):
-            self._dropped += 1
+        if self._is_not_wanted(key_type, key_id, updated_at):
             return
         try:
             name = key_file_name(key_type, key_id)
@@ -141,11 +151,40 @@ class CompanyWriter:
         data, form, problem = buffers.normalise(value)
         problem = problem or key_types.shape_problem(key_type, data)
         if problem is not None:
-            kind = key_type if key_type in key_types.KNOWN else "unknown type"  # so that the kinds are few
-            self._warnings.add(f"{kind}: {problem}", name.removesuffix(".json"))
+            self._warn(key_type, problem, name)
         if name in self._entries and not self._is_newer(name, record):
             return
         self._write(name, data, FileEntry(sha256(data).hexdigest(), key_type, key_id, form, updated_at, expires_at))
+        self._count(key_type, key_id, data)
+
+    def adopt(self, name: str, entry: FileEntry, data: bytes, *, in_place: bool) -> None:
+        """Take over one file of another copy as it is; `in_place` where it stands in the folder already."""
+        if self._is_not_wanted(entry.key_type, entry.key_id, entry.updated_at):
+            if in_place:
+                os.unlink(name, dir_fd=self._fd)
+            return
+        problem = key_types.shape_problem(entry.key_type, data)
+        if problem is not None:
+            self._warn(entry.key_type, problem, name)
+        if in_place:
+            self._entries[name] = entry_json(entry)
+        else:
+            self._write(name, data, entry)
+        self._count(entry.key_type, entry.key_id, data)
+
+    def _is_not_wanted(self, key_type: str, key_id: str, updated_at: str | None) -> bool:
+        if key_type == "session" and updated_at is not None and updated_at > self._order.busy_since:
+            self._busy += 1
+        if self._order.drop_stale and self._is_dropped(key_type, key_id):
+            self._dropped += 1
+            return True
+        return False
+
+    def _warn(self, key_type: str, problem: str, name: str) -> None:
+        kind = key_type if key_type in key_types.KNOWN else "unknown type"  # so that the kinds are few
+        self._warnings.add(f"{kind}: {problem}", name.removesuffix(".json"))
+
+    def _count(self, key_type: str, key_id: str, data: bytes) -> None:
         self._counts[key_type] += 1
         if key_type in credentials.SUMMARISED:
             self._summary.add(key_type, key_id, data)
@@ -251,6 +290,57 @@ class CompanyWriter:
         descriptor = os.open(MANIFEST_FILE, _CREATE, 0o600, dir_fd=self._fd)
         with open(descriptor, "wb", buffering=256 * 1024) as file:  # noqa: PTH123 - a descriptor has no Path
             file.writelines(manifest_lines(origin, chain(self._entries.items(), more)))
+
+
+class CopyDamaged(Exception):
+    """Another copy is not what its manifest says; the text says in what way."""
+
+
+def take_over(
+    writer: CompanyWriter, source_fd: int, *, in_place: bool, own_creds: bool, advance: Callable[[int], None]
+) -> None:
+    """Give every key of a copy to `writer`, each held against the copy's manifest. Raises `CopyDamaged`.
+
+    `own_creds`: whether the writer's credentials are the copy's, and have to be those of its manifest. `advance` hears
+    of every thousand keys.
+    """
+    with _reading_a_copy():
+        listed = {name for name in os.listdir(source_fd) if not is_ignored(name)}
+        entries = entries_of(source_fd)
+    count = 0
+    while True:
+        with _reading_a_copy():
+            name, entry = next(entries, ("", None))
+            if entry is None:
+                break
+            is_creds = entry.key_type == CREDS_TYPE
+            data = b"" if is_creds and not own_creds else read_file(source_fd, name)
+        if sha256(data).hexdigest() != entry.sha256 and (own_creds or not is_creds):
+            raise CopyDamaged(f"{name!a} is not what its manifest says")
+        listed.discard(name)
+        if not is_creds:
+            writer.adopt(name, entry, data, in_place=in_place)
+            count += 1
+            if count % _TOLD_EVERY == 0:
+                advance(_TOLD_EVERY)
+    advance(count % _TOLD_EVERY)
+    if listed and (own_creds or listed != {CREDS_FILE}):
+        raise CopyDamaged(f"{min(listed)!a} is not in its manifest")
+    if in_place:
+        for name in (CREDS_FILE, MANIFEST_FILE):
+            os.unlink(name, dir_fd=source_fd)
+
+
+@contextmanager
+def _reading_a_copy() -> Iterator[None]:
+    try:
+        yield
+    except FileNotFoundError:
+        raise CopyDamaged("a file that its manifest lists is missing") from None
+    except ManifestDamaged as error:
+        raise CopyDamaged(f"its manifest is damaged: {error}") from None
+    except OSError as error:
+        raise CopyDamaged(f"it cannot be read: {error.strerror}") from None
 
 
 def check_written(folder_fd: int, visit: Callable[[str, str], None]) -> str | None:

@@ -318,13 +318,17 @@ class Standby:
         place = self._company(folder)
         self._discard(place, _REFRESHING, _READY)
         number = self._numbers(folder)[0]
-        (place / _REFRESHING).mkdir(0o700)
-        with opened(place / _GENERATIONS / number) as source, opened(place / _REFRESHING) as target:
-            for name in os.listdir(source):
-                self._copy_file(name, source, target)
-            self._give(target)
+        self.copy_to(place / _GENERATIONS / number, place / _REFRESHING)
         (place / _REFRESHING).rename(place / _READY)
         return place / _READY
+
+    def copy_to(self, generation: Path, target: Path | str, *, dir_fd: int | None = None) -> None:
+        """Make the folder `target` for the service's user, equal to a generation, file by file. Raises OSError."""
+        os.mkdir(target, 0o700, dir_fd=dir_fd)
+        with opened(generation) as source, opened(target, dir_fd=dir_fd) as made:
+            for name in os.listdir(source):
+                self._copy_file(name, source, made)
+            self._give(made)
 
     def _copy_file(self, name: str, source: int, target: int) -> None:
         data = read_file(source, name)

@@ -27,10 +27,10 @@ from opsctl.signals import held_back
 from opsctl.stores.folder import Contents, Holding, contents, opened
 from opsctl.stores.postgres import parse_rows
 from opsctl.stores.records import ManifestDamaged
-from opsctl.stores.staging import CompanyWriter, Order, Staged, check_written
+from opsctl.stores.staging import CompanyWriter, CopyDamaged, Order, Staged, check_written, take_over
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Iterator
     from multiprocessing.connection import Connection
     from multiprocessing.process import BaseProcess
     from pathlib import Path
@@ -51,6 +51,17 @@ _PR_SET_PDEATHSIG = 1  # sys/prctl.h
 END = b"end"
 ABORT = b"abort"
 """The source failed in the middle of the company: forget it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Adopt:
+    """Make another copy of a company this restore's own: every file is held against that copy's manifest first."""
+
+    order: Order
+    copy: Path | None
+    """The folder to read; None where it was moved to the staged folder's place already."""
+    own_creds: bool
+    """Whether the order's credentials are the copy's own, so that its manifest speaks of them too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +101,14 @@ class Compared:
 
 
 @dataclass(frozen=True, slots=True)
+class Aborted:
+    """What was begun of a company is left alone from here on: its source failed, or is damaged."""
+
+    company_id: str
+    damage: str
+
+
+@dataclass(frozen=True, slots=True)
 class Failed:
     """A writer could not go on: an errno, or a bug's kind and place."""
 
@@ -97,7 +116,7 @@ class Failed:
     what: str
 
 
-Reply = Advanced | Staged | Compared | Failed
+Reply = Advanced | Staged | Compared | Aborted | Failed
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,8 +170,8 @@ class Writers:
         """Whether everything is only computed; then a comparison follows each staged company by itself."""
         return self._workplace.building_fd is None
 
-    def begin(self, order: Order) -> Lane:
-        """The least busy writer, with the company begun."""
+    def begin(self, order: Order | Adopt) -> Lane:
+        """The least busy writer, with the company begun; after an `Order` its rows follow."""
         lane = min(self._lanes, key=lambda lane: lane.waiting)
         lane.put(order)
         return lane
@@ -199,7 +218,7 @@ class Lane:
         self._connection = connection
         self._process = process
         self._replies = replies
-        self._queue: queue.Queue[bytes | Order | Verify] = queue.Queue(_QUEUE_CHUNKS)
+        self._queue: queue.Queue[bytes | Order | Adopt | Verify] = queue.Queue(_QUEUE_CHUNKS)
         self._gone = threading.Event()
 
     @property
@@ -210,7 +229,7 @@ class Lane:
         threading.Thread(target=self._feed, daemon=True).start()
         threading.Thread(target=self._collect, daemon=True).start()
 
-    def put(self, message: bytes | Order | Verify) -> None:
+    def put(self, message: bytes | Order | Adopt | Verify) -> None:
         """Hand a message over; waits while the writer is behind. A writer that is gone has already replied `Failed`."""
         while not self._gone.is_set():
             with contextlib.suppress(queue.Full):
@@ -340,29 +359,62 @@ class _Writer:
             message = self._connection.recv()
             if isinstance(message, Verify):
                 self._connection.send(self._verified(message))
-            elif self._place.building_fd is None:
-                self._company(message, None)
-            else:
-                os.mkdir(message.folder, 0o700, dir_fd=self._place.building_fd)
-                with opened(message.folder, dir_fd=self._place.building_fd) as folder_fd:
-                    self._company(message, folder_fd)
+                continue
+            order = message.order if isinstance(message, Adopt) else message
+            with self._folder(order.folder, made=not isinstance(message, Adopt) or message.copy is not None) as folder:
+                writer = CompanyWriter(order, folder)
+                try:
+                    if isinstance(message, Adopt):
+                        self._adopt(message, writer, folder)
+                    else:
+                        self._rows(writer)
+                except CopyDamaged as error:
+                    self._connection.send(Aborted(order.origin.company_id, str(error)))
+                    continue
+                self._connection.send(writer.finish())
+                if folder is None:
+                    comparison = _Comparison(self._there(order.origin.company_id, order.folder))
+                    for name, digest in writer.digests():
+                        comparison.visit(name, digest)
+                    self._connection.send(comparison.result(order.origin.company_id, None))
 
-    def _company(self, order: Order, folder_fd: int | None) -> None:
-        writer = CompanyWriter(order, folder_fd)
+    @contextlib.contextmanager
+    def _folder(self, name: str, *, made: bool) -> Iterator[int | None]:
+        building_fd = self._place.building_fd
+        if building_fd is None:
+            yield None
+            return
+        if made:
+            os.mkdir(name, 0o700, dir_fd=building_fd)
+        with opened(name, dir_fd=building_fd) as folder_fd:
+            yield folder_fd
+
+    def _rows(self, writer: CompanyWriter) -> None:
         add = writer.add
         while (frame := self._connection.recv_bytes()) != END:
             if frame == ABORT:
-                return
+                raise CopyDamaged("its source failed")
             keys = 0
             for keys, record in enumerate(parse_rows(frame), 1):  # noqa: B007 - how many there were is told below
                 add(record)
             self._connection.send(Advanced(keys))
-        self._connection.send(writer.finish())
-        if folder_fd is None:
-            comparison = _Comparison(self._there(order.origin.company_id, order.folder))
-            for name, digest in writer.digests():
-                comparison.visit(name, digest)
-            self._connection.send(comparison.result(order.origin.company_id, None))
+
+    def _adopt(self, message: Adopt, writer: CompanyWriter, folder_fd: int | None) -> None:
+        with contextlib.ExitStack() as stack:
+            source_fd = folder_fd
+            if message.copy is not None:
+                try:
+                    source_fd = stack.enter_context(opened(message.copy))
+                except OSError as error:
+                    raise CopyDamaged(f"{self._place.owner.name} cannot read it: {error.strerror}") from None
+            if source_fd is not None:
+                take_over(
+                    writer,
+                    source_fd,
+                    in_place=message.copy is None,
+                    own_creds=message.own_creds,
+                    advance=lambda keys: self._connection.send(Advanced(keys)),
+                )
 
     def _verified(self, order: Verify) -> Compared:
         comparison = _Comparison(self._there(order.company_id, order.folder))

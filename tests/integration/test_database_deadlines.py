@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import socket
 import struct
@@ -268,6 +269,12 @@ def test_a_server_that_dies_in_the_middle_of_a_copy_is_no_source(lonely: Fleet) 
     assert "PostgreSQL" in stderr
 
 
+def _answers(pid: int, number: signal.Signals) -> bool:
+    """Whether a process has a handler for a signal (proc_pid_status(5))."""
+    (caught,) = re.findall(r"^SigCgt:\s*([0-9a-f]+)$", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
+    return bool(int(caught, 16) >> (number - 1) & 1)
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 @pytest.mark.parametrize("when", ["before connecting", "in the middle of a COPY"])
 def test_a_signal_is_answered_at_once_while_the_server_is_frozen(
@@ -288,7 +295,8 @@ def test_a_signal_is_answered_at_once_while_the_server_is_frozen(
                 connected in line.split(None, 2)[2] for line in Path("/proc/net/tcp").read_text().splitlines()[1:]
             ):
                 time.sleep(0.01)
-            time.sleep(0.2)
+            while not _answers(process.pid, number):
+                time.sleep(0.01)
         else:
             process = copying(lonely)
             private_server.freeze()

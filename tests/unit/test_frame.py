@@ -40,6 +40,7 @@ ENVELOPE = [
     "rto",
     "error",
     "sentry_event_id",
+    "notes",
 ]
 """The promise to whoever parses: a key may be added at the end, and none may go."""
 
