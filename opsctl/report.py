@@ -92,6 +92,8 @@ class Report:
     """Monotonic seconds at which the clock stopped, where tidying up came after it."""
     companies: Sequence[str] = ()
     """The companies a failure concerns, for the alert's tags."""
+    noteworthy: bool = False
+    """Told to Sentry as a warning although it went well."""
 
     @property
     def outcome(self) -> Outcome:

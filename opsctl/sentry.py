@@ -125,6 +125,8 @@ def event_of(ending: Ending, settings: Settings, event_id: str) -> dict[str, Any
         "runbook": failure.runbook if failure else None,
     }
     contexts: dict[str, Any] = {"run": run, "options": ending.options}
+    if report.noteworthy:
+        contexts["facts"] = report.facts
     if ending.rto:
         contexts["rto"] = {
             "target_s": ending.rto.target_s,

@@ -70,6 +70,9 @@ KNOWN: Final = {
 }
 """By name. Any other type passes through untouched and is never deleted."""
 
+PRE_KEYS_KEPT: Final = 1_600
+"""The newest pre-keys that a prune leaves: nobody can know which of them are still handed out."""
+
 DROPPED_WHEN_STALE: Final = frozenset(name for name, key_type in KNOWN.items() if key_type.dropped_when_stale)
 """What a possibly stale copy is better without; besides these, our own sender-keys (`is_own_sender_key`)."""
 
@@ -87,16 +90,16 @@ def is_own_sender_key(key_id: str, me_id: str | None, me_lid: str | None) -> boo
     >>> is_own_sender_key("123@g.us::456::0", "456:7@s.whatsapp.net", "789:7@lid")
     False
     """
-    return key_id.partition("::")[2] in _own_addresses(me_id, me_lid)
+    return key_id.partition("::")[2] in own_addresses(me_id, me_lid)
 
 
 def own_sender_key_ids(group: str, me_id: str | None, me_lid: str | None) -> tuple[str, ...]:
     """The ids that our own sender-key for a group can have."""
-    return tuple(f"{group}::{address}" for address in _own_addresses(me_id, me_lid))
+    return tuple(f"{group}::{address}" for address in own_addresses(me_id, me_lid))
 
 
 @lru_cache(maxsize=64)  # companies; asked for every sender-key
-def _own_addresses(me_id: str | None, me_lid: str | None) -> frozenset[str]:
+def own_addresses(me_id: str | None, me_lid: str | None) -> frozenset[str]:
     """`user::device` as sender-key ids end: Baileys 7 adds the domain to the user, `_1` for a LID; 6 does not.
 
     A LID that was stored without its device counts with the device of me.id as well.

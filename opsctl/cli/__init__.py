@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 import opsctl
-from opsctl.cli import cache, config, drill, frame, sessions
+from opsctl.cli import cache, config, drill, frame, keys, sessions
 
 EMERGENCY = """\
 PostgreSQL is down and WhatsApp with it? In this order:
@@ -27,6 +27,7 @@ app = typer.Typer(
 )
 app.add_typer(sessions.app, name="sessions")
 app.add_typer(cache.app, name="cache")
+app.add_typer(keys.app, name="keys")
 app.add_typer(drill.app, name="drill")
 app.add_typer(config.app, name="config")
 

@@ -42,10 +42,11 @@ BACKSTOP_S = 3.0
 """How long after its deadline a command that does not look at the clock itself is interrupted."""
 
 
-def _seconds(text: str) -> float:
+def seconds(text: str) -> float:
+    """An option's value in seconds."""
     with suppress(ValueError):
-        if SHORTEST_DEADLINE_S <= (seconds := float(text)) <= LONGEST_DEADLINE_S:  # which nan is not
-            return seconds
+        if SHORTEST_DEADLINE_S <= (number := float(text)) <= LONGEST_DEADLINE_S:  # which nan is not
+            return number
     raise typer.BadParameter(
         f"{text!r} is not a number of seconds from {SHORTEST_DEADLINE_S} to {LONGEST_DEADLINE_S:g}"
     )
@@ -71,7 +72,7 @@ EnvFile = Annotated[
 ]
 DeadlineSeconds = Annotated[
     float | None,
-    typer.Option("--deadline", metavar="SECONDS", parser=_seconds, help="Give up after this many seconds."),
+    typer.Option("--deadline", metavar="SECONDS", parser=seconds, help="Give up after this many seconds."),
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Show what would be done and change nothing.")]
 Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
@@ -367,6 +368,7 @@ class _Frame:
     def _alert(self, ending: Ending) -> Ending:
         nobody_watches = not sys.stderr.isatty()
         wanted = ending.exit_code in {1, 4, 6, 70} or (ending.exit_code in {3, 5} and nobody_watches)
+        wanted = wanted or ending.report.noteworthy
         try:
             settings = self.invocation.raw_settings
         except SettingsError:

@@ -1,4 +1,7 @@
-"""One SQL statement per file, named as the function that runs it."""
+"""One SQL statement per file, named as the function that runs it.
+
+A condition that several statements must agree on has a file of its own: `<expired>` stands for `expired.condition`.
+"""
 
 from __future__ import annotations
 
@@ -10,5 +13,9 @@ from typing import LiteralString
 @cache
 def query(name: str) -> LiteralString:
     """The text of `<name>.sql`, which is ours and holds no values."""
-    text: LiteralString = files(__name__).joinpath(f"{name}.sql").read_text(encoding="utf-8")
+    return _text(f"{name}.sql").replace("<expired>", _text("expired.condition").strip())
+
+
+def _text(name: str) -> LiteralString:
+    text: LiteralString = files(__name__).joinpath(name).read_text(encoding="utf-8")
     return text

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from opsctl.baileys.buffers import bytes_of
 from opsctl.operations.fleet import seed_fleet
+from opsctl.stores.archive import ARCHIVE_FOLDER
 from opsctl.stores.folder import OPSCTL_FOLDER
 
 if TYPE_CHECKING:
@@ -77,7 +78,10 @@ class Fleet:
         done = self.run_opsctl(*words, env={**self.env, **(env or {})}, timeout=timeout)
         said = done.stdout + done.stderr
         if self.state.exists():
-            said += "".join(path.read_text() for path in self.state.rglob("*") if path.is_file())
+            files = [path for path in self.state.rglob("*") if path.is_file()]
+            said += "".join(
+                path.read_text() for path in files if path.parent.name != ARCHIVE_FOLDER
+            )  # which holds rows
         said += "".join(str(path) for path in self.place.rglob("*"))
         assert not [secret for secret in self.secrets if secret in said]
         assert "Traceback" not in said

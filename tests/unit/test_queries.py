@@ -23,6 +23,25 @@ NAMES = [path.stem for path in FILES]
 EXECUTED = {"schema": "it makes the tables", "seed_auth": "COPY FROM", "seed_keys": "COPY FROM"}
 """What EXPLAIN does not take; the tests execute it."""
 
+VALUES: dict[str, object] = {
+    "by_age_alone": False,
+    "companies": ["x"],
+    "cutoff": "2026-01-31",
+    "first": "(0,0)",
+    "kept": 1,
+    "kind": 1,
+    "last": "(8,0)",
+    "most": 1,
+    "now": "2026-01-31",
+    "number": 1,
+    "own_senders": "{}",
+    "part": 1,
+    "places": "{}",
+    "prune_below": "{}",
+    "types": ["x"],
+}
+"""What a statement's parameters are read as, where it is no text."""
+
 
 def body(name: str) -> str:
     """The statement without its comment; of a COPY, the query that it copies."""
@@ -36,7 +55,7 @@ def body(name: str) -> str:
 def test_every_select_insert_update_delete_and_copy_is_explained_against_the_schema(
     database: Database, name: str
 ) -> None:
-    values = dict.fromkeys(re.findall(r"%\((\w+)\)s", query(name)), "x")
+    values = {word: VALUES.get(word, "x") for word in re.findall(r"%\((\w+)\)s", query(name))}
     with database.connect(cursor_factory=psycopg.ClientCursor) as connection:
         plan = connection.execute(f"EXPLAIN {body(name)}".encode(), values).fetchall()
     assert plan
