@@ -190,6 +190,55 @@ def stats(ctx: typer.Context, company: Companies = None) -> Report:
     )
 
 
+@command(
+    app,
+    "doctor",
+    deadline_s=None,
+    examples=(
+        "opsctl keys doctor                       what is wrong, and what it does",
+        "opsctl keys doctor --fix --dry-run       what would be mended",
+        "opsctl keys doctor --fix --service-stopped --yes",
+    ),
+)
+def doctor(
+    ctx: typer.Context,
+    company: Companies = None,
+    fix: Annotated[bool, typer.Option("--fix", help="Mend what can be; asks first.")] = False,
+    service_stopped: Annotated[
+        bool, typer.Option("--service-stopped", help="My word, where no service manager can tell.")
+    ] = False,
+    dry_run: DryRun = False,
+    yes: Yes = False,
+) -> Report:
+    """Find mistyped, orphaned, inconsistent and unreadable keys. 1 where there are any.
+
+    Mending wants the service stopped; every row is archived as it was, and `opsctl keys undo` puts it back.
+    """
+    from opsctl.operations import doctor as operation
+    from opsctl.stores.switch_record import refuse_while_switched
+
+    run: Invocation = ctx.obj
+    if fix:
+        refuse_while_switched(run.settings, "doctor --fix")
+    diagnosis = operation.diagnose(_database(run), companies=tuple(company or ()), journal=run.journal)
+    if not fix:
+        return operation.report(diagnosis)
+    if dry_run or not diagnosis.mends:
+        return operation.preview_fix(diagnosis)
+    operation.require_stopped(run.settings, word=service_stopped)
+    run.confirm(f"Change {diagnosis.mends:,} rows? `opsctl keys doctor --fix --dry-run` lists them")
+    return operation.fix(
+        _database(run),
+        diagnosis,
+        run_id=run.run_id,
+        environment=run.settings.environment,
+        place=_place(run),
+        state_dir=run.settings.state_dir,
+        keep_archives=timedelta(days=run.settings["ARCHIVE_KEEP_DAYS"]),
+        journal=run.journal,
+    )
+
+
 def _place(run: Invocation) -> str:
     """The database's name for people."""
     from opsctl import db

@@ -7,7 +7,7 @@ of are kept too. A row is never updated: a trigger would overwrite its times.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import orjson
 
@@ -16,7 +16,7 @@ from opsctl.errors import Refused
 from opsctl.queries import query
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
     from typing import LiteralString
 
     from opsctl.db import Connection
@@ -62,6 +62,51 @@ class _Name:
     name: str
 
 
+@dataclass(frozen=True, slots=True)
+class _Line:
+    line: str
+
+
+class KeyName(NamedTuple):
+    """A key by name."""
+
+    company_id: str
+    key_type: str
+    key_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Patch:
+    """What is to become of a key: other values in some columns; None: it goes. If it `stays`, the other is new."""
+
+    columns: Mapping[str, Any] | None
+    stays: bool = False
+
+
+def plan_key_changes(connection: Connection, patches: Mapping[KeyName, Patch]) -> list[Change]:
+    """The changes that patches make of keys as they are now; those of keys that are gone are left out."""
+    names, chosen = list(patches), list(patches.values())
+    columns = [None if patch.columns is None else orjson.dumps(patch.columns).decode() for patch in chosen]
+    found = db.rows(
+        connection,
+        query("plan_key_changes"),
+        _Line,
+        companies=[name.company_id for name in names],
+        key_types=[name.key_type for name in names],
+        key_ids=[name.key_id for name in names],
+        patches=columns,
+        stays=[patch.stays for patch in chosen],
+    )
+    return [Change.of(row.line) for row in found]
+
+
+def plan_creds_change(connection: Connection, company_id: str, fields: Mapping[str, Any]) -> list[Change]:
+    """The change that other values in some fields of a company's credentials are."""
+    patch = orjson.dumps(fields).decode()
+    found = db.rows(connection, query("plan_creds_change"), _Line, company_id=company_id, patch=patch)
+    return [Change.of(row.line) for row in found]
+
+
 def make(connection: Connection, changes: Sequence[Change]) -> list[Change]:
     """Make the changes that are still possible, inside the caller's transaction; gives those that were made.
 
@@ -91,9 +136,11 @@ def insert_triggers(connection: Connection) -> list[str]:
 
 
 def _exchange(connection: Connection, changes: Sequence[Change], *, take: Side, put: Side) -> list[Change]:
-    made: list[Change] = []
+    whole = [change for change in changes if change.table == "whatsapp_auth" and change.has_old and change.has_new]
+    statement = query("change_auth")
+    made = [whole[h.number - 1] for h in _run(connection, statement, whole, take, other_side=put)]
     for table in sorted({change.table for change in changes}):
-        ours = [change for change in changes if change.table == table]
+        ours = [change for change in changes if change.table == table and change not in whole]
         replacing = [change for change in ours if change.has(take)]
         taken = [replacing[h.number - 1] for h in _run(connection, _TAKE[table], replacing, take)]
         adding = [change for change in (*taken, *(c for c in ours if not c.has(take))) if change.has(put)]
@@ -105,10 +152,12 @@ def _exchange(connection: Connection, changes: Sequence[Change], *, take: Side, 
     return made
 
 
-def _run(connection: Connection, statement: LiteralString, changes: Sequence[Change], side: Side) -> list[Holding]:
+def _run(
+    connection: Connection, statement: LiteralString, changes: Sequence[Change], side: Side, **more: Side
+) -> list[Holding]:
     if not changes:
         return []
-    return db.rows(connection, statement, Holding, lines=[change.line for change in changes], side=side)
+    return db.rows(connection, statement, Holding, lines=[change.line for change in changes], side=side, **more)
 
 
 _TAKE = {"whatsapp_auth": query("take_auth"), "whatsapp_keys": query("take_keys")}

@@ -201,7 +201,7 @@ def delete_expired(
 
     Each row goes to `keep` as a line of the archive. Gives what was deleted by company and type.
     """
-    connection.execute(query("prepare_writing"))
+    prepare(connection)
     deleted: Counter[tuple[str, str]] = Counter()
     for piece in db.copied(connection, query("delete_expired"), **places.values(), **expiry.values()):
         lines = piece.replace(b"\\\\", b"\\")  # all that COPY escapes in JSON of one line
@@ -234,11 +234,16 @@ def _short(connection: db.Connection) -> Iterator[None]:
     """A transaction that only reads, with the settings of one that writes."""
     connection.execute("BEGIN READ ONLY")
     try:
-        connection.execute(query("prepare_writing"))
+        prepare(connection)
         yield
     finally:
         with suppress(psycopg.Error, DatabaseUnavailable):
             connection.execute("ROLLBACK")
+
+
+def prepare(connection: db.Connection) -> None:
+    """The settings of a short transaction that writes, inside of it."""
+    connection.execute(query("prepare_writing"))
 
 
 @contextmanager
@@ -246,7 +251,7 @@ def writing(connection: db.Connection) -> Iterator[None]:
     """One short transaction without an archive: for what an archive puts back."""
     connection.execute("BEGIN")
     try:
-        connection.execute(query("prepare_writing"))
+        prepare(connection)
         yield
     except BaseException:
         with suppress(psycopg.Error, DatabaseUnavailable):
@@ -263,11 +268,11 @@ def require_writable(connection: db.Connection, *, inserting: bool = False) -> N
             "this server is a replica, or takes no writes", kind="read-only", hint="point DATABASE_URL at the primary"
         )
     if not rights.may_delete or (inserting and not rights.may_insert):
-        also = "INSERT, " if inserting else ""
+        also = " INSERT," if inserting else ""
         raise DatabaseUnavailable(
             "the role may not change whatsapp_keys",
             kind="permission",
-            hint=f"grant the role {also}SELECT, UPDATE and DELETE on whatsapp_keys",
+            hint=f"grant the role SELECT,{also} UPDATE and DELETE on whatsapp_keys",
         )
 
 
