@@ -131,7 +131,14 @@ class Pass:
                 locked = keys.count_still_expired(self._connection, self._expiry, batch)
                 self.progress.locked += locked
                 self.progress.changed += len(batch) - count - locked
-        time.sleep((time.monotonic() - began) * self._limits.pause_ratio)
+        self._rest((time.monotonic() - began) * self._limits.pause_ratio)
+
+    def _rest(self, seconds: float) -> None:
+        """Sleep, but not past the moment at which the pass would stop anyway."""
+        limits = self._limits
+        until_stop = float("inf") if limits.longest_s is None else limits.longest_s - (time.monotonic() - self._started)
+        remaining = limits.remaining()
+        time.sleep(max(0.0, min(seconds, until_stop, float("inf") if remaining is None else remaining)))
 
     def _deleted(self, batch: Places) -> Counter[tuple[str, str]]:
         """One transaction; tried again where it lost a deadlock or a table was locked for a moment."""
