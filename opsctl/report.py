@@ -63,12 +63,21 @@ class Rto:
 
 
 @dataclass(frozen=True, slots=True)
+class Plugin:
+    """The answer in the convention of monitoring plugins: `code` is 0, 1, 2 or 3, `line` all of stdout."""
+
+    code: int
+    line: str
+
+
+@dataclass(frozen=True, slots=True)
 class Report:
     """What an operation gives back.
 
     `rows` are frozen dataclasses (one table, one JSON array); `columns` choose what of them people see; `facts` are
     single values by stable name; `warnings` are whole sentences; `next_lines` are what to type next, in order.
-    `exit_code` is 0, 1, 5 or 6 (`failure` says why); every other code is an exception of `opsctl.errors`.
+    `exit_code` is 0, 1, 5 or 6, or 3 or 4 where something was seen all the same (`failure` says why); every other code
+    is an exception of `opsctl.errors`.
     """
 
     summary: str
@@ -94,6 +103,8 @@ class Report:
     """The companies a failure concerns, for the alert's tags."""
     noteworthy: bool = False
     """Told to Sentry as a warning although it went well."""
+    plugin: Plugin | None = None
+    """What `--nagios` prints and ends with, instead of all the rest."""
 
     @property
     def outcome(self) -> Outcome:

@@ -13,7 +13,7 @@ import sys
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import unquote
 
 from opsctl.errors import SettingsError
@@ -57,6 +57,33 @@ def _share(value: str) -> float:
     if not 0 < number <= 1:
         raise ValueError("is not a share between 0 and 1")
     return number
+
+
+class Limits(NamedTuple):
+    """From where on something is a warning, and from where on critical."""
+
+    warning: int
+    critical: int
+
+    def __str__(self) -> str:
+        return f"{self.warning}/{self.critical}"
+
+
+def _limits(high: int, *, falling: bool = False) -> Callable[[str], Limits]:
+    """`WARNING/CRITICAL`, whole numbers; the second is the larger one, or the smaller one of what gets less."""
+
+    def parse(value: str) -> Limits:
+        if not re.fullmatch(r"[0-9]{1,12}/[0-9]{1,12}", value):
+            raise ValueError("is not WARNING/CRITICAL, two whole numbers")
+        limits = Limits(*map(int, value.split("/")))
+        if max(limits) > high:
+            raise ValueError(f"is above {high}")
+        first, last = reversed(limits) if falling else limits
+        if first > last:
+            raise ValueError("is critical before it is a warning")
+        return limits
+
+    return parse
 
 
 def _one_of(*words: str) -> Callable[[str], str]:
@@ -171,6 +198,26 @@ VARIABLES: tuple[Variable, ...] = (
     Variable("ARCHIVE_KEEP_DAYS", _whole(1, 3650), 90, "Days to keep the rows that were deleted or changed."),
     Variable("DB_QUERY_LATENCY_THRESHOLD_MS", _whole(1, 600000), 500, "Alert threshold for slow queries, in ms."),
     Variable("DB_POOL_USAGE_THRESHOLD", _share, 0.8, "Alert when more of the connections are in use."),
+    Variable("HEALTH_REPLY_MS", _limits(60000), Limits(500, 2000), "First reply: warning/critical, in ms."),
+    Variable("HEALTH_LATENCY_CRITICAL_MS", _whole(1, 600000), 2000, "From when on slow queries are critical, in ms."),
+    Variable("HEALTH_POOL_CRITICAL", _share, 0.9, "Critical when more of the connections are in use."),
+    Variable("HEALTH_BLOCKED_S", _limits(86400), Limits(30, 120), "Longest wait for a lock, in s."),
+    Variable("HEALTH_BLOCKED_SESSIONS", _limits(10000), Limits(3, 6), "Sessions that wait for locks."),
+    Variable("HEALTH_IDLE_TRANSACTION_S", _limits(86400), Limits(60, 300), "Longest idle transaction, in s."),
+    Variable("HEALTH_LONG_QUERY_S", _limits(86400), Limits(60, 300), "Longest running query, in s."),
+    Variable("HEALTH_PREPARED_S", _limits(86400), Limits(1, 30), "Oldest prepared transaction, in s."),
+    Variable("HEALTH_WRAPAROUND_IDS", _limits(2**31), Limits(10**9, 13 * 10**8), "Age of the oldest transaction id."),
+    Variable("HEALTH_DEAD_ROWS_PERCENT", _limits(100), Limits(10, 30), "Dead rows of a table, where more than 10,000."),
+    Variable("HEALTH_VACUUM_DAYS", _limits(3650), Limits(2, 7), "Days since the last vacuum of a table with writes."),
+    Variable("HEALTH_REPLICATION_S", _limits(86400), Limits(30, 300), "Replication lag, in s."),
+    Variable("HEALTH_REPLICATION_MIB", _limits(10**7), Limits(64, 1024), "Replication lag, in MiB of WAL."),
+    Variable("HEALTH_CLOCK_SKEW_S", _limits(86400), Limits(2, 5), "Clock skew between here and the server, in s."),
+    Variable(
+        "HEALTH_CERTIFICATE_DAYS", _limits(3650, falling=True), Limits(30, 7), "Days left of the server's certificate."
+    ),
+    Variable("HEALTH_DISK_PERCENT", _limits(100), Limits(85, 95), "Use of the disks that are written to, in %."),
+    Variable("HEALTH_EXPIRED_KEYS", _limits(10**9), Limits(100, 500), "Keys that a cleanup would delete."),
+    Variable("HEALTH_STANDBY_AGE_S", _limits(10**7), Limits(300, 3600), "Age of the oldest warm copy, in s."),
     Variable("CREDENTIALS_CACHE_TTL_MS", _whole(1, 86400000), 300000, "Life of a cached credentials entry, in ms."),
     Variable("CREDENTIALS_CACHE_FILE", _path, None, "The service's cache. Else APP_DIR/.baileys-cache.json."),
     Variable("CACHE_MAX_ENTRIES", _whole(1, 2000), 1000, "Companies in the credentials cache; the oldest go first."),
@@ -187,7 +234,7 @@ VARIABLES: tuple[Variable, ...] = (
 
 
 def _shown(value: Any) -> str:  # noqa: ANN401 - each variable has its own type
-    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+    return ",".join(map(str, value)) if type(value) is tuple else str(value)
 
 
 @dataclass(frozen=True, slots=True)

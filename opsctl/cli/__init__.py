@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 import opsctl
-from opsctl.cli import cache, config, drill, frame, keys, sessions
+from opsctl.cli import cache, config, db, drill, frame, keys, sessions
 
 EMERGENCY = """\
 PostgreSQL is down and WhatsApp with it? In this order:
@@ -26,6 +26,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
 app.add_typer(sessions.app, name="sessions")
+app.add_typer(db.app, name="db")
 app.add_typer(cache.app, name="cache")
 app.add_typer(keys.app, name="keys")
 app.add_typer(drill.app, name="drill")

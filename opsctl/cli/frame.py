@@ -25,7 +25,7 @@ from typer.core import TyperGroup
 
 from opsctl.errors import Interrupted, OpsctlError, Refused, SettingsError, SourceUnavailable, UsageError
 from opsctl.journal import Journal, Silent, Watcher
-from opsctl.report import Ending, Failure, Report, Rto
+from opsctl.report import Ending, Failure, Plugin, Report, Rto
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -145,6 +145,10 @@ class Deadline:
             signal.setitimer(signal.ITIMER_REAL, backstop)
 
 
+def _to_nobody(report: Report) -> None:
+    """Where no frame listens."""
+
+
 @dataclass
 class Invocation:
     """One run of one command: what its body may ask for, as `ctx.obj`."""
@@ -159,6 +163,10 @@ class Invocation:
     journal: Journal
     yes: bool
     options: dict[str, Any]
+    plugin: bool = False
+    """`--nagios`: one line, and the exit codes of monitoring plugins."""
+    emit: Callable[[Report], None] = _to_nobody
+    """Print a report before the last one, as the last one will be: JSON lines, with `--json`."""
 
     @cached_property
     def settings(self) -> Settings:
@@ -238,6 +246,7 @@ def command(
                 deadline=Deadline(deadline_s if seconds is None else seconds),
                 journal=Journal(_watcher(quiet=flags["quiet"] or flags["json"])),
                 yes=bool(given.get("yes", False)),
+                plugin=bool(given.get("nagios", False)),
                 options={n: v for n, v in {**given, "deadline": seconds}.items() if v not in (None, False, [])},
                 **flags,
             )
@@ -288,6 +297,7 @@ class _Frame:
         self.emergency = emergency
         self.reports_failures = reports_failures
         self.since = since
+        run.emit = self._emit
 
     def run(self, work: Callable[[], Report]) -> int:
         ending = self._ending(self._report_of(work))
@@ -296,7 +306,24 @@ class _Frame:
         with _never_in_the_way("reported"):
             ending = self._alert(ending)
         run = self.invocation
+        if run.plugin:
+            return _deliver_to_plugin_host(ending.report)
         return _deliver(ending, json=run.json, quiet=run.quiet, verbose=run.verbose)
+
+    def _emit(self, report: Report) -> None:
+        """Print one of several reports; a reader that went away (`| head -1`) ends the run."""
+        from opsctl.cli import render
+
+        run, ending = self.invocation, self._ending(report)
+        try:
+            if run.json:
+                render.as_json(ending)
+            else:
+                render.as_text(ending, quiet=run.quiet, verbose=run.verbose)
+            sys.stdout.flush()
+        except BrokenPipeError:
+            _discard(sys.stdout)
+            raise Interrupted(signal.SIGPIPE) from None
 
     def _report_of(self, work: Callable[[], Report]) -> Report:
         try:
@@ -483,6 +510,17 @@ def _deliver(ending: Ending, *, json: bool, quiet: bool, verbose: bool) -> int:
     return ending.exit_code
 
 
+def _deliver_to_plugin_host(report: Report) -> int:
+    """One line and 0, 1, 2 or 3; whatever kept the command from an answer of that kind is 3, unknown."""
+    from opsctl.cli import render
+
+    plugin = report.plugin or Plugin(3, f"OPSCTL UNKNOWN: {report.summary}")
+    with suppress(OSError):
+        sys.stdout.write(render.clean(plugin.line) + "\n")
+        sys.stdout.flush()
+    return plugin.code
+
+
 def _unwritable(error: OSError) -> int:
     _discard(sys.stdout)
     _say(f"opsctl: the answer could not be written: {error.strerror}")
@@ -531,7 +569,8 @@ def _exit_code(app: typer.Typer, words: list[str]) -> int:
         code = app(words, prog_name="opsctl", standalone_mode=False)
         sys.stdout.flush()
     except typer.TyperException as error:  # what was typed makes no sense
-        return _usage_failed(error, as_json=as_json)
+        code = _usage_failed(error, as_json=as_json)
+        return 3 if "--nagios" in words else code
     except (BrokenPipeError, SystemExit):  # Typer makes the first into the second while it prints a help text
         _discard(sys.stdout)
         return 0

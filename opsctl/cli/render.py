@@ -61,7 +61,7 @@ def as_text(ending: Ending, *, quiet: bool, verbose: bool) -> None:
         if report.failure or report.exit_code or report.warnings:
             _complain(ending, one_line=True)
         return
-    out = _lines(report, verbose=verbose)
+    out = lines(report, verbose=verbose)
     if ending.rto:
         out.append(_sentence(rto_line(ending.rto)))
     if report.next_lines:
@@ -74,10 +74,11 @@ def as_text(ending: Ending, *, quiet: bool, verbose: bool) -> None:
             _complain(ending, one_line=False)
 
 
-def _lines(report: Report, *, verbose: bool) -> list[str]:
+def lines(report: Report, *, verbose: bool) -> list[str]:
+    """The table, the summary and the warnings."""
     out: list[str] = []
     if report.rows and report.columns:
-        out += [_drawn(_table(report)).rstrip("\n")]
+        out += [_drawn(table(report)).rstrip("\n")]
     if report.failure is None or report.summary != report.failure.message:  # which stderr says
         out.append(_sentence(report.summary))
     out += [_sentence(note) for note in report.notes]
@@ -120,7 +121,8 @@ def rto_line(rto: Rto) -> str:
     return f"RTO: {rto.elapsed_s:.1f} s of {rto.target_s:g} s, {verdict} ({scope})"
 
 
-def _table(report: Report) -> Table:
+def table(report: Report) -> Table:
+    """The columns of a report's rows, as people see them."""
     from rich import box
     from rich.table import Table
     from rich.text import Text

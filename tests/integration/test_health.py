@@ -1,0 +1,640 @@
+"""`opsctl db health`: every check finds the sick state that is made for it, and is quiet where there is none."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import termios
+import threading
+import time
+from contextlib import ExitStack, closing, contextmanager, suppress
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import psycopg
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+from rich.console import Console
+
+import opsctl
+from opsctl.cli.render import table
+from opsctl.embedded import Account, EmbeddedServer, embedded_server
+from opsctl.operations import health, monitoring
+from opsctl.operations.fleet import create_schema, seed_fleet
+from opsctl.operations.health_checks import DATABASE_CHECKS, Check, Group, HealthRow, State
+from opsctl.settings import load
+from tests import needs
+from tests.conftest import DEBIAN, EMBEDDED, Database, debian_postgres_bin, each_postgres
+from tests.integration.fleet import FIRST, Fleet, unchanged
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from opsctl.operations.health_checks import Server
+
+QUIET = {"HEALTH_DISK_PERCENT": "100/100", "HEALTH_REPLY_MS": "9000/9000", "DB_QUERY_LATENCY_THRESHOLD_MS": "9000"}
+"""What depends on the machine that runs this."""
+
+
+def looked(url: str, *groups: Group, **settings: str) -> dict[str, HealthRow]:
+    """The rows by check."""
+    environ = {"DATABASE_URL": url, "OPSCTL_STATE_DIR": "/nonexistent", **QUIET, **settings}
+    return {row.check: row for row in health.examine(load(environ=environ), only=groups).rows}
+
+
+def states(rows: dict[str, HealthRow]) -> dict[str, State]:
+    return {name: row.state for name, row in rows.items()}
+
+
+@contextmanager
+def waiting(database: Database, statement: str) -> Iterator[int]:
+    """Another session that is in the middle of a statement; gives its pid."""
+    with closing(database.connect()) as connection:
+        pid = connection.info.backend_pid
+
+        def work() -> None:
+            with connection.cursor() as cursor, suppress(psycopg.errors.QueryCanceled):
+                cursor.execute(statement.encode())
+
+        thread = threading.Thread(target=work)
+        thread.start()
+        until(
+            lambda: bool(database.execute("SELECT 1 FROM pg_stat_activity WHERE pid = %s AND state = 'active'", [pid]))
+        )
+        yield pid
+        database.execute("SELECT pg_cancel_backend(%s)", [pid])
+        thread.join()
+
+
+def until(true: Callable[[], bool]) -> None:
+    give_up_at = time.monotonic() + 20
+    while not true():
+        assert time.monotonic() < give_up_at
+        time.sleep(0.02)
+
+
+def role(database: Database, name: str, more: str = "") -> str:
+    """A role that is no superuser, and its address."""
+    database.execute(f"DROP OWNED BY {name}") if database.execute(
+        f"SELECT 1 FROM pg_roles WHERE rolname = '{name}'"
+    ) else (database.execute(f"CREATE ROLE {name} LOGIN"))
+    database.execute(f"ALTER ROLE {name} {more or 'LOGIN'}")
+    return re.sub(r"//[^@]+@", f"//{name}@", database.url)
+
+
+# Well
+
+
+@each_postgres
+def test_a_healthy_server_is_quiet(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nonexistent")
+    rows = looked(fleet.database.url)
+    assert {name: row.seen for name, row in rows.items() if row.state is not State.OK} == {}
+    assert set(rows) >= {
+        *("reply", "role", "clock", "version", "latency", "connections", "blocked", "idle in transaction"),
+        *("long queries", "prepared", "wraparound", "dead rows of keys", "vacuum of auth", "cache hit", "size of keys"),
+        *("tls", "credentials", "keys", "ages of keys", "expired keys", "mis-typed keys", "standby", "disk of standby"),
+    }
+    assert re.fullmatch(r"p50 [\d.]+, p95 [\d.]+, p99 [\d.]+ ms of 100", rows["latency"].seen)
+    assert rows["keys"].value == 80
+    assert rows["keys"].seen.startswith("80: pre-key 28, ")
+    assert sum(int(count) for count in re.findall(r" (\d+)(?:,|$)", rows["ages of keys"].seen)) == 80
+    assert "opsctl 1" in rows["connections"].seen
+    assert (rows["size of keys"].value or 0) > 8192
+
+
+def test_the_table_fits_80_columns_and_says_what_to_do(fleet: Fleet) -> None:
+    settings = load(
+        environ={"DATABASE_URL": fleet.database.url, "HEALTH_WRAPAROUND_IDS": "1/2", "OPSCTL_STATE_DIR": "/x"}
+    )
+    report = health.report(health.examine(settings))
+    console = Console(width=80, file=io.StringIO(), record=True)
+    console.print(table(report))
+    lines = console.export_text().splitlines()
+    assert max(map(len, lines)) <= 80
+    assert any(line.startswith("wraparound") and "critical" in line and "████████" in line for line in lines)
+    assert any("wraparound is critical: VACUUM (FREEZE)" in warning for warning in report.warnings)
+    assert report.exit_code == 1
+    assert report.failure is not None
+    assert report.failure.message.startswith("wraparound: ")
+
+
+# Sick
+
+
+@each_postgres
+def test_who_waits_for_a_lock_and_who_holds_it(database: Database) -> None:
+    with closing(database.connect(autocommit=False)) as holder:
+        holder.execute("LOCK TABLE whatsapp_keys")
+        with waiting(database, "SELECT count(*) FROM whatsapp_keys"):
+            until(lambda: database.execute("SELECT count(*) FROM pg_locks WHERE NOT granted") == [(1,)])
+            row = looked(database.url, Group.SESSIONS, HEALTH_BLOCKED_SESSIONS="1/2")["blocked"]
+            assert row.state is State.WARNING
+            assert f"for whatsapp_keys; held by pid {holder.info.backend_pid}" in row.seen
+            assert f"pg_terminate_backend({holder.info.backend_pid})" in (row.action or "")
+            time.sleep(1.05)
+            assert looked(database.url, Group.SESSIONS, HEALTH_BLOCKED_S="1/1")["blocked"].state is State.CRITICAL
+            assert looked(database.url, Group.SESSIONS)["blocked"].state is State.OK
+            # And the check that has to wait for the same lock hides none of the others.
+            began = time.monotonic()
+            rows = looked(database.url)
+            assert time.monotonic() - began < 5
+            assert (rows["credentials"].state, rows["latency"].state) == (State.UNKNOWN, State.UNKNOWN)
+            assert "another session has locked a table" in rows["credentials"].seen
+            assert rows["tls"].state is rows["wraparound"].state is rows["blocked"].state is State.OK
+
+
+@each_postgres
+def test_open_transactions_that_do_nothing_and_queries_that_run_for_long(database: Database) -> None:
+    with closing(database.connect(autocommit=False, application_name="forgotten")) as idle:
+        idle.execute("SELECT 1")
+        with waiting(database, "SELECT pg_sleep(30), 'a secret'") as pid:
+            time.sleep(1.05)
+            limits = {"HEALTH_IDLE_TRANSACTION_S": "1/100", "HEALTH_LONG_QUERY_S": "1/1"}
+            rows = looked(database.url, Group.SESSIONS, **limits)
+            assert (rows["idle in transaction"].state, rows["long queries"].state) == (State.WARNING, State.CRITICAL)
+            assert rows["idle in transaction"].seen == f"1, longest 1 s: pid {idle.info.backend_pid} (forgotten)"
+            assert f"pg_cancel_backend({pid})" in (rows["long queries"].action or "")
+            assert not any("secret" in row.seen for row in rows.values())
+            rows = looked(database.url, Group.SESSIONS)
+            assert (rows["idle in transaction"].state, rows["long queries"].state) == (State.OK, State.OK)
+
+
+@pytest.fixture(scope="module", params=[EMBEDDED, DEBIAN])
+def own(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedServer]:
+    """A server of 8 connections, of which 3 are a superuser's, with prepared transactions and a certificate."""
+    bin_dir = None
+    if request.param == DEBIAN and (bin_dir := debian_postgres_bin()) is None:
+        pytest.skip(f"{needs.NOT_PROVEN}PostgreSQL {DEBIAN}, production's major version")
+    settings = {"max_connections": "8", "max_prepared_transactions": "2", "max_wal_senders": "2"}
+    folder = tmp_path_factory.mktemp(f"own{request.param}")
+    with ExitStack() as stack:
+        if request.param == DEBIAN:  # the embedded one was built without TLS
+            certificates = Path("/tmp") / f"opsctl-tls-{os.getpid()}"
+            certificates.mkdir(mode=0o755)
+            stack.callback(subprocess.run, ["rm", "-rf", str(certificates)], check=True)
+            make_certificate(certificates, days=300)
+            files = {"ssl_cert_file": "certificate.pem", "ssl_key_file": "key.pem"}
+            settings |= {"ssl": "on", **{name: str(certificates / file) for name, file in files.items()}}
+        server = stack.enter_context(
+            embedded_server(folder, settings=settings, bin_dir=bin_dir, tcp=bin_dir is not None)
+        )
+        with psycopg.connect(server.conninfo(), autocommit=True) as connection:
+            create_schema(connection)
+            connection.execute("CREATE ROLE service LOGIN PASSWORD 'service'")
+            connection.execute("GRANT SELECT ON whatsapp_auth, whatsapp_keys TO service")
+        yield server
+
+
+def make_certificate(folder: Path, *, days: int) -> None:
+    from cryptography import x509
+    from cryptography.hazmat.primitives import hashes, serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "127.0.0.1")])
+    now = datetime.now(UTC)
+    certificate = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - timedelta(days=400))
+        .not_valid_after(now + timedelta(days=days, hours=1))
+        .sign(key, hashes.SHA256())
+    )
+    (folder / "certificate.pem").write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
+    plain = (serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    file = folder / "key.pem"
+    file.unlink(missing_ok=True)
+    file.touch(0o600)
+    file.write_bytes(key.private_bytes(serialization.Encoding.PEM, *plain))
+    if os.geteuid() == 0:
+        account = Account.for_server()
+        os.chown(file, account.uid, account.gid)
+
+
+def url_of(server: EmbeddedServer, user: str = "postgres", **more: Any) -> str:
+    """As a keyword string, which DATABASE_URL may be too."""
+    return server.conninfo(user=user, host=str(server.socket_dir), **more)
+
+
+def test_connections_near_the_limit_of_the_server_or_of_a_role_and_none_left(own: EmbeddedServer, fleet: Fleet) -> None:
+    url = url_of(own)
+    assert states(looked(url, Group.SESSIONS))["connections"] is State.OK
+    with ExitStack() as stack:
+        with psycopg.connect(url, autocommit=True) as connection:
+            connection.execute("ALTER ROLE service CONNECTION LIMIT 2")
+        stack.enter_context(closing(psycopg.connect(url_of(own, "service", application_name="baileys"))))
+        rows = looked(url, Group.SESSIONS)
+        assert (rows["connections of service"].state, rows["connections of service"].value) == (State.OK, 50)
+        stack.enter_context(closing(psycopg.connect(url_of(own, "service", application_name="baileys"))))
+        rows = looked(url, Group.SESSIONS)
+        assert rows["connections of service"].state is State.CRITICAL
+        assert rows["connections of service"].seen == "2 of 2: its own limit"
+        assert (rows["connections"].value, rows["connections"].state) == (60, State.OK)
+        assert rows["connections"].seen == "3 of 5: baileys 2, opsctl 1"
+        assert looked(url, Group.SESSIONS, DB_POOL_USAGE_THRESHOLD="0.5")["connections"].state is State.WARNING
+        assert (
+            looked(url, Group.SESSIONS, HEALTH_POOL_CRITICAL="0.6", DB_POOL_USAGE_THRESHOLD="0.1")["connections"].state
+            is State.CRITICAL
+        )
+        with psycopg.connect(url, autocommit=True) as connection:
+            connection.execute("ALTER ROLE service CONNECTION LIMIT -1")
+        for _ in range(3):
+            stack.enter_context(closing(psycopg.connect(url_of(own, "service"))))
+        assert looked(url, Group.SESSIONS)["connections"].state is State.CRITICAL
+        done = fleet.opsctl("db", "health", "--json", env={"DATABASE_URL": url_of(own, "service")})
+        assert (done.returncode, done.json()["error"]["kind"]) == (4, "too-many-clients")
+        rows_here = {row["check"]: row["state"] for row in done.json()["rows"]}
+        assert rows_here["reply"] == "critical"
+        assert "standby" in rows_here  # what is of this machine is looked at all the same
+
+
+def test_a_prepared_transaction_that_nobody_ended(own: EmbeddedServer) -> None:
+    assert looked(url_of(own), Group.SESSIONS)["prepared"].state is State.OK
+    with psycopg.connect(url_of(own), autocommit=True) as connection:
+        connection.execute("BEGIN")
+        connection.execute("CREATE TABLE orphan ()")
+        connection.execute("PREPARE TRANSACTION 'forgotten'")
+        time.sleep(1.05)
+        row = looked(url_of(own), Group.SESSIONS)["prepared"]
+        connection.execute("ROLLBACK PREPARED 'forgotten'")
+    assert (row.state, row.seen) == (State.WARNING, "1, oldest 1 s")
+
+
+def test_tls_and_the_days_that_the_certificate_has_left(own: EmbeddedServer) -> None:
+    if own.password is None:
+        assert looked(url_of(own), Group.TLS)["tls"].seen == "a socket of this machine"
+        return
+
+    def over_tcp(mode: str) -> dict[str, HealthRow]:
+        return looked(own.conninfo(sslmode=mode), Group.TLS)
+
+    assert states(over_tcp("require")) == {"tls": State.WARNING, "certificate": State.OK}
+    assert states(over_tcp("disable")) == {"tls": State.OK}  # within this machine
+    with psycopg.connect(own.conninfo()) as connection:
+        folder = Path(connection.execute("SHOW ssl_cert_file").fetchall()[0][0]).parent
+    verified = looked(own.conninfo(sslmode="verify-ca", sslrootcert=str(folder / "certificate.pem")), Group.TLS)
+    assert states(verified) == {"tls": State.OK, "certificate": State.OK}
+    for days, state in ((20, State.WARNING), (5, State.CRITICAL), (-3, State.CRITICAL)):
+        make_certificate(folder, days=days)
+        with psycopg.connect(own.conninfo(), autocommit=True) as connection:
+            connection.execute("SELECT pg_reload_conf()")
+        until(lambda: round(over_tcp("require")["certificate"].value or 0) == days)  # noqa: B023 - called at once
+        row = over_tcp("require")["certificate"]
+        assert row.state is state
+        assert ("ended" if days < 0 else f"in {days} days") in row.seen
+    assert looked(own.conninfo(sslmode="require"), Group.TLS, HEALTH_CERTIFICATE_DAYS="0/0")["certificate"].state is (
+        State.CRITICAL
+    )
+
+
+@each_postgres
+def test_dead_rows_a_vacuum_that_never_was_and_transaction_ids_that_run_out(database: Database) -> None:
+    database.execute("ALTER TABLE whatsapp_keys SET (autovacuum_enabled = false)")
+    with database.connect() as connection:
+        connection.execute(
+            "INSERT INTO whatsapp_keys SELECT 'a', 'session', n::text, '{}' FROM generate_series(1, 15000) AS n"
+        )
+        connection.execute("DELETE FROM whatsapp_keys WHERE key_id::int > 2000")
+        connection.execute("SELECT pg_stat_force_next_flush()")
+    rows = looked(database.url, Group.STORAGE, HEALTH_VACUUM_DAYS="0/1")
+    assert (rows["dead rows of keys"].state, rows["vacuum of keys"].state) == (State.CRITICAL, State.WARNING)
+    assert rows["dead rows of keys"].seen == "13,000 dead beside 2,000 live"
+    assert "none since the server started" in rows["vacuum of keys"].seen
+    assert (rows["dead rows of auth"].state, rows["vacuum of auth"].state) == (State.OK, State.OK)
+    assert (
+        looked(database.url, Group.STORAGE, HEALTH_DEAD_ROWS_PERCENT="80/99")["dead rows of keys"].state
+        is State.WARNING
+    )
+    database.execute("VACUUM whatsapp_keys")
+    rows = looked(database.url, Group.STORAGE, HEALTH_WRAPAROUND_IDS="1/2147483648", HEALTH_DISK_PERCENT="0/100")
+    assert (rows["dead rows of keys"].state, rows["vacuum of keys"].state) == (State.OK, State.OK)
+    assert (rows["wraparound"].state, rows["disk of standby"].state) == (State.WARNING, State.WARNING)
+
+
+@each_postgres
+def test_a_primary_that_is_read_only_and_clocks_apart(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert states(looked(database.url, Group.REACH))["role"] is State.OK
+    database.execute(f"ALTER DATABASE {database.name} SET default_transaction_read_only = on")
+    assert states(looked(database.url, Group.REACH))["role"] is State.CRITICAL
+    real = time.time
+    monkeypatch.setattr(time, "time", lambda: real() + 3)
+    row = looked(database.url, Group.REACH)["clock"]
+    assert (row.state, row.seen) == (State.WARNING, "3.0 s apart from this host")
+    assert looked(database.url, Group.REACH, HEALTH_CLOCK_SKEW_S="1/2")["clock"].state is State.CRITICAL
+
+
+def test_slow_answers_and_a_pg_dump_that_is_too_old(
+    database: Database, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    program = tmp_path / "pg_dump"
+    program.write_text("#!/bin/sh\necho 'pg_dump (PostgreSQL) 13.4'\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
+    limits = {"DB_QUERY_LATENCY_THRESHOLD_MS": "9000", "HEALTH_REPLY_MS": "0/60000"}
+    rows = looked(database.url, Group.REACH, **limits)
+    assert (rows["version"].state, rows["reply"].state) == (State.WARNING, State.WARNING)
+    assert rows["version"].seen.endswith("pg_dump 13")
+    database.execute(
+        "ALTER TABLE whatsapp_auth RENAME TO slow; "
+        "CREATE VIEW whatsapp_auth AS SELECT * FROM slow "
+        "UNION ALL SELECT md5(random()::text), '{}', now(), now() FROM pg_sleep(0.02)"
+    )
+    rows = looked(database.url, Group.REACH, DB_QUERY_LATENCY_THRESHOLD_MS="20", HEALTH_LATENCY_CRITICAL_MS="9000")
+    assert rows["latency"].state is State.WARNING
+    probes = int(rows["latency"].seen.split()[-1])
+    assert 10 < probes < 100  # they end after a second
+    rows = looked(database.url, Group.REACH, DB_QUERY_LATENCY_THRESHOLD_MS="5", HEALTH_LATENCY_CRITICAL_MS="20")
+    assert rows["latency"].state is State.CRITICAL
+
+
+@each_postgres
+def test_what_the_service_keeps_there(fleet: Fleet) -> None:
+    fleet.database.execute("DELETE FROM whatsapp_auth WHERE company_id = %s", [FIRST])
+    fleet.database.execute(
+        "UPDATE whatsapp_keys SET updated_at = now() - interval '31 days', expires_at = now() - interval '1 day'"
+    )
+    fleet.key("lid", "mapping-1", '"1"')
+    rows = looked(fleet.database.url, Group.AUTH, HEALTH_EXPIRED_KEYS="1/1000")
+    by_type = dict(fleet.database.execute("SELECT key_type, count(*) FROM whatsapp_keys GROUP BY 1"))
+    expected = by_type["session"] + by_type["sender-key-memory"]
+    assert (rows["expired keys"].value, rows["expired keys"].state) == (expected, State.WARNING)
+    assert looked(fleet.database.url, Group.AUTH, HEALTH_EXPIRED_KEYS="1/1")["expired keys"].state is State.CRITICAL
+    assert looked(fleet.database.url, Group.AUTH, DB_CLEANUP_RETENTION_DAYS="40")["expired keys"].value == 0
+    assert (rows["mis-typed keys"].state, rows["mis-typed keys"].value) == (State.WARNING, 1)
+    assert (rows["credentials"].state, rows["credentials"].seen) == (State.WARNING, "1 companies, 1 with keys alone")
+    assert rows["ages of keys"].seen == "< 1 d 1, 1-7 0, 7-14 0, 14-30 0, > 30 80"
+    fleet.database.execute("DELETE FROM whatsapp_auth")
+    assert looked(fleet.database.url, Group.AUTH)["credentials"].state is State.CRITICAL
+
+
+@each_postgres
+def test_without_pg_monitor_it_says_what_it_may_not_see_and_does_not_fail(fleet: Fleet) -> None:
+    url = role(fleet.database, "onlooker")
+    fleet.database.execute("GRANT SELECT ON whatsapp_auth TO onlooker")
+    rows = looked(url)
+    assert (rows["privileges"].state, rows["connections"].state) == (State.HIDDEN, State.OK)
+    assert (rows["idle in transaction"].state, rows["long queries"].state) == (State.HIDDEN, State.HIDDEN)
+    assert (rows["credentials"].state, rows["latency"].state) == (State.HIDDEN, State.HIDDEN)
+    assert not any(row.state in {State.CRITICAL, State.UNKNOWN} for row in rows.values())
+    environ = {"DATABASE_URL": url, "OPSCTL_STATE_DIR": "/nonexistent", **QUIET}
+    assert health.report(health.examine(load(environ=environ))).exit_code == 0
+    fleet.database.execute("GRANT pg_monitor TO onlooker; GRANT SELECT ON whatsapp_keys TO onlooker")
+    assert State.HIDDEN not in states(looked(url)).values()
+
+
+def test_a_check_that_fails_hides_none_of_the_others(database: Database) -> None:
+    database.execute("DROP TABLE whatsapp_keys")
+    rows = looked(database.url)
+    assert (rows["credentials"].state, rows["latency"].state) == (State.CRITICAL, State.CRITICAL)
+    assert 'relation "whatsapp_keys" does not exist' in rows["credentials"].seen
+    assert rows["reply"].state is rows["connections"].state is rows["wraparound"].state is rows["tls"].state is State.OK
+
+
+def test_a_server_that_freezes_in_the_middle_costs_no_more_than_five_seconds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with embedded_server(tmp_path) as server:
+        with psycopg.connect(server.conninfo()) as connection:
+            create_schema(connection)
+
+        def freeze(_: Server) -> Iterator[HealthRow]:
+            server.freeze()
+            yield HealthRow("ice", Group.REACH, State.OK, "frozen")
+
+        monkeypatch.setattr(health, "DATABASE_CHECKS", (Check("ice", Group.REACH, freeze), *DATABASE_CHECKS))
+        began = time.monotonic()
+        rows = looked(server.conninfo())
+        assert time.monotonic() - began < 5.5
+        server.thaw()
+    assert rows["role"].seen == "PostgreSQL stopped answering in the middle of a step"
+    assert rows["connections"].seen == "not asked: the connection is gone"
+    assert (rows["role"].state, rows["standby"].state) == (State.UNKNOWN, State.OK)
+
+
+# Replication
+
+
+@pytest.mark.parametrize("major", [EMBEDDED, DEBIAN])
+def test_a_replica_that_lags_seen_from_both_sides_and_slots_that_nobody_reads(major: int, tmp_path: Path) -> None:
+    bin_dir = debian_postgres_bin() if major == DEBIAN else None
+    if major == DEBIAN and bin_dir is None:
+        pytest.skip(f"{needs.NOT_PROVEN}PostgreSQL {DEBIAN}, production's major version")
+    settings = {"min_wal_size": "32MB", "max_wal_size": "48MB"}
+    with embedded_server(tmp_path, bin_dir=bin_dir, settings=settings) as primary, replica_of(primary) as replica:
+        with psycopg.connect(primary.conninfo(), autocommit=True) as connection:
+            create_schema(connection)
+            until(lambda: bool(connection.execute("SELECT replay_lsn FROM pg_stat_replication").fetchone()))
+            rows = looked(primary.conninfo(), Group.REPLICATION)
+            assert states(rows) == {"replica replica": State.OK}
+            until(lambda: states(looked(replica.conninfo(), Group.REPLICATION)) == {"replay": State.OK})
+            assert looked(replica.conninfo(), Group.REACH)["role"].state is State.WARNING
+            with psycopg.connect(replica.conninfo(), autocommit=True) as there:
+                there.execute("SELECT pg_wal_replay_pause()")
+                until(lambda: there.execute("SELECT pg_get_wal_replay_pause_state()").fetchone() == ("paused",))
+            connection.execute(
+                "INSERT INTO whatsapp_auth SELECT n, to_jsonb(repeat(n::text, 200)) FROM generate_series(1, 5000) n"
+            )
+            time.sleep(1.05)
+            row = looked(primary.conninfo(), Group.REPLICATION, HEALTH_REPLICATION_MIB="1/2")["replica replica"]
+            assert (row.state, row.unit) == (State.CRITICAL, "MiB")
+            row = looked(replica.conninfo(), Group.REPLICATION, HEALTH_REPLICATION_S="1/100")["replay"]
+            assert row.state is State.WARNING
+
+            connection.execute("SELECT pg_create_physical_replication_slot('left', true)")
+            row = looked(primary.conninfo(), Group.REPLICATION)["slot left"]
+            assert (row.state, row.seen.split(",")[0]) == (State.WARNING, "inactive")
+            connection.execute("ALTER SYSTEM SET max_slot_wal_keep_size = '1MB'")
+            connection.execute("SELECT pg_reload_conf()")
+            for number in range(4):
+                connection.execute("SELECT pg_logical_emit_message(true, 'x', %s)", [str(number)])
+                connection.execute("SELECT pg_switch_wal()")
+            connection.execute("CHECKPOINT")
+            row = looked(primary.conninfo(), Group.REPLICATION)["slot left"]
+            assert row.state is State.CRITICAL
+            assert "pg_drop_replication_slot('left')" in (row.action or "")
+        primary.stop()
+        until(lambda: looked(replica.conninfo(), Group.REPLICATION)["replay"].seen.endswith("nobody sends to it"))
+
+
+@contextmanager
+def replica_of(primary: EmbeddedServer) -> Iterator[EmbeddedServer]:
+    """A streaming replica beside the primary's data folder."""
+    account = Account.for_server()
+    home = primary.data_dir.parent / "replica"
+    home.mkdir(mode=0o700)
+    os.chown(home, account.uid, account.gid)
+    replica = EmbeddedServer(home, socket_dir=home, bin_dir=primary.bin_dir, account=account, tcp=False)
+    source = f"host={primary.socket_dir} user=postgres application_name=replica"
+    done = account.run(
+        primary.bin_dir / "pg_basebackup", "-D", replica.data_dir, "-d", source, "-R", "--checkpoint=fast"
+    )
+    assert done.returncode == 0, done.stderr
+    with (replica.data_dir / "postgresql.conf").open("a") as conf:
+        conf.write(f"unix_socket_directories = '{home}'\n")
+    replica.start()
+    try:
+        yield replica
+    finally:
+        replica.stop()
+
+
+# The standby
+
+
+def test_warm_copies_that_are_damaged_are_said(database: Database, tmp_path: Path) -> None:
+    (tmp_path / "standby" / "company_1" / "generations" / "00000001").mkdir(parents=True)
+    row = looked(database.url, Group.AUTH, STANDBY_DIR=str(tmp_path / "standby"))["standby"]
+    assert (row.state, row.action) == (State.WARNING, "opsctl standby status")
+    assert "1 held or damaged" in row.seen
+    (tmp_path / "file").touch()
+    assert looked(database.url, Group.AUTH, STANDBY_DIR=str(tmp_path / "file"))["standby"].state is State.UNKNOWN
+
+
+# What comes out
+
+
+def test_json_has_every_row_and_the_figures(fleet: Fleet) -> None:
+    with unchanged(fleet.place):
+        done = fleet.opsctl("db", "health", "--json", "--only", "sessions", "--only", "auth", env=QUIET)
+    assert done.returncode == 0
+    document = done.json()
+    assert {row["group"] for row in document["rows"]} == {"sessions", "auth"}
+    assert document["facts"]["worst"] == "ok"
+    assert document["facts"]["queries_ms"] <= document["facts"]["elapsed_ms"]
+    row = next(row for row in document["rows"] if row["check"] == "connections")
+    assert (row["unit"], row["warning"], row["critical"]) == ("%", 80, 90)
+    assert fleet.opsctl("db", "health", "--only", "everything").returncode == 2
+    assert fleet.opsctl("db", "health", env={"DATABASE_URL": ""}).returncode == 3
+
+
+def test_nagios_gets_one_line_with_performance_data_and_its_own_exit_codes(fleet: Fleet) -> None:
+    def plugin(*words: str, **env: str) -> tuple[int, str]:
+        done = fleet.opsctl("db", "health", "--nagios", "--only", "sessions", *words, env=env)
+        assert done.stdout.count("\n") == 1
+        return done.returncode, done.stdout
+
+    code, line = plugin()
+    assert code == 0
+    text, _, data = line.rstrip("\n").partition(" | ")
+    assert text == "OPSCTL OK: 5 checks"
+    assert re.fullmatch(r"('[^'=|]+'=[\d.]+(%|s|B)?;[\d.:]*;[\d.:]*( |$))+", data)
+    assert "'connections'=1%;80;90" in data
+    settings = load(environ={**fleet.env, "DB_POOL_USAGE_THRESHOLD": "0.001"})
+    answer = monitoring.plugin(health.examine(settings, only=[Group.SESSIONS]))
+    assert answer.code == 1
+    assert answer.line.startswith("OPSCTL WARNING: connections: 1 of 97: opsctl 1 | 'connections'=1%;0.1;90 ")
+    code, line = plugin(DB_POOL_USAGE_THRESHOLD="0.001", HEALTH_POOL_CRITICAL="0.001")
+    assert (code, line.split(":")[0]) == (2, "OPSCTL CRITICAL")
+    code, line = plugin(DATABASE_URL="postgresql://u@127.0.0.1:1/db")
+    assert (code, line.split(":")[0]) == (2, "OPSCTL CRITICAL")
+    code, line = plugin(HEALTH_BLOCKED_S="2/1")
+    assert (code, line.split(":")[0]) == (3, "OPSCTL UNKNOWN")
+    assert plugin("--json")[0] == 3
+    assert fleet.opsctl("db", "health", "--nagios", "--nonsense").returncode == 3
+
+
+def test_prometheus_gets_a_file_in_one_step(fleet: Fleet, tmp_path: Path) -> None:
+    file = tmp_path / "opsctl.prom"
+    done = fleet.opsctl("db", "health", "--quiet", "--only", "auth", "--prometheus", file, env=QUIET)
+    assert (done.returncode, done.stdout) == (0, "")
+    found = {
+        (sample.name, sample.labels.get("check"), sample.labels.get("state")): sample.value
+        for family in text_string_to_metric_families(file.read_text())
+        for sample in family.samples
+    }
+    assert found["opsctl_health_value", "keys", None] == 80
+    assert found["opsctl_health_state", "expired keys", None] == 0
+    assert found["opsctl_health_threshold", "expired keys", "critical"] == 500
+    assert found["opsctl_health_up", None, None] == 1
+    assert time.time() - found["opsctl_health_timestamp_seconds", None, None] < 60
+    assert [path.name for path in tmp_path.glob("opsctl.prom*")] == ["opsctl.prom"]
+    done = fleet.opsctl("db", "health", "--only", "auth", "--prometheus", tmp_path / "missing" / "x.prom")
+    assert (done.returncode, "cannot be written" in done.stderr) == (5, True)
+    env = {"DATABASE_URL": "postgresql://u@127.0.0.1:1/db"}
+    assert fleet.opsctl("db", "health", "--only", "auth", "--prometheus", file, env=env).returncode == 4
+    assert "opsctl_health_up 0.0" in file.read_text()
+
+
+def test_watch_with_json_is_json_lines_as_often_as_was_asked_for(fleet: Fleet) -> None:
+    words = ("db", "health", "--watch", "--json", "--only", "sessions")
+    done = fleet.opsctl(*words, "--every", "0.2", "--deadline", "2")
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    assert done.returncode == 0
+    assert 3 <= len(lines) <= 10
+    assert {line["schema"] for line in lines} == {"opsctl/1"}
+    trend = next(row["trend"] for row in lines[-1]["rows"] if row["check"] == "connections")
+    assert len(trend) == len(lines)
+    assert fleet.opsctl(*words, "--every", "30", "--deadline", "1").stdout.count("\n") == 1
+    done = fleet.opsctl(*words, "--nagios")
+    assert done.returncode == 3
+
+
+def test_a_reader_that_goes_away_ends_the_watch(fleet: Fleet) -> None:
+    environ = {**fleet.env, "PATH": os.environ["PATH"], "PYTHONPATH": str(Path(opsctl.__file__).parents[1])}
+    line = f"{sys.executable} -m opsctl db health --watch --every 0.2 --json --only sessions"
+    line += " | head -1 | wc -l; echo ${PIPESTATUS[0]}"
+    done = subprocess.run(["bash", "-c", line], env=environ, capture_output=True, text=True, timeout=30, check=False)
+    assert done.stdout.split() == ["1", "141"], done
+
+
+def test_on_a_terminal_it_is_redrawn_with_its_trend_until_ctrl_c(fleet: Fleet) -> None:
+    master, slave = os.openpty()
+    termios.tcsetwinsize(slave, (40, 80))
+    environ = {**fleet.env, "PATH": os.environ["PATH"], "PYTHONPATH": str(Path(opsctl.__file__).parents[1])}
+    words = [sys.executable, "-m", "opsctl", "db", "health", "--watch", "--every", "0.2", "--only", "sessions"]
+    with subprocess.Popen(
+        words,
+        stdin=slave,
+        stdout=slave,
+        stderr=slave,
+        env={**environ, "TERM": "xterm-256color"},
+        start_new_session=True,
+    ) as process:
+        os.close(slave)
+        screen = ""
+        while screen.count("Ctrl-C ends it") < 3:
+            screen += os.read(master, 65536).decode()
+        process.send_signal(signal.SIGINT)
+        try:
+            while piece := os.read(master, 65536):
+                screen += piece.decode()
+        except OSError:
+            pass
+        os.close(master)
+    assert process.returncode == 130
+    assert "▁▁▁" in screen
+    assert "Trend" in screen
+    assert "stopped by SIGINT" in screen
+
+
+def test_a_silent_address_ends_in_time(fleet: Fleet) -> None:
+    with closing(socket.create_server(("127.0.0.1", 0))) as silent:
+        url = f"postgresql://u@127.0.0.1:{silent.getsockname()[1]}/db"
+        done = fleet.opsctl("db", "health", "--json", env={"DATABASE_URL": url})
+    assert done.returncode == 4
+    assert done.json()["facts"]["elapsed_ms"] < 6000
+    assert done.json()["rows"][0]["check"] == "reply"
+
+
+def test_a_large_table_is_scanned_once(database: Database) -> None:
+    with database.connect(autocommit=False) as connection:
+        seed_fleet(connection, companies=1, keys_per_company=3000, seed=1, key_pair_pool=4)
+    scans = "SELECT seq_scan FROM pg_stat_user_tables WHERE relname = 'whatsapp_keys'"
+    with database.connect() as connection:
+        connection.execute("SELECT pg_stat_force_next_flush()")
+    before = database.execute(scans)[0][0]
+    looked(database.url)
+    until(lambda: database.execute("SELECT count(*) FROM pg_stat_activity WHERE application_name = 'opsctl'") == [(0,)])
+    # The sample of keys begins a scan too, and ends it after 50 rows.
+    assert database.execute(scans)[0][0] - before <= 2
