@@ -58,7 +58,11 @@ _CONNECTION_FAILURES: tuple[tuple[str, bool, re.Pattern[str]], ...] = tuple(
         ("authentication", False, r"password authentication failed|no password supplied|authentication failed"),
         ("authentication", False, r"pg_hba|role .* does not exist|is not permitted to log in"),
         ("missing-database", False, r"database .* does not exist"),
-        ("too-many-clients", False, r"too many clients|remaining connection slots|too many connections"),
+        (
+            "too-many-clients",
+            False,
+            r"too many clients|remaining connection slots|too many connections|no more connections allowed",
+        ),
         ("starting", True, r"the database system is (starting up|shutting down|in recovery mode|not yet accepting)"),
         ("tls", False, r"SSL|certificate|TLS"),
         ("name-not-found", True, r"could not translate host name|Name or service not known|name resolution"),
@@ -67,6 +71,14 @@ _CONNECTION_FAILURES: tuple[tuple[str, bool, re.Pattern[str]], ...] = tuple(
         ("reset", True, r"server closed the connection|Connection reset|Broken pipe"),
     )
 )
+_STATEMENT_FAILURES = {
+    "42P01": "missing-table",
+    "42703": "missing-column",
+    "42501": "permission",
+    "55P03": "locked",
+    "53100": "disk-full",
+    "53300": "too-many-clients",
+}
 _SENTENCES = {
     "authentication": "the server does not accept the role or its password",
     "missing-database": "the server has no database of that name",
@@ -255,6 +267,8 @@ def _connect_once(parameters: Mapping[str, Any], give_up_at: float) -> Connectio
 def _connection_failure(error: psycopg.Error, parameters: Mapping[str, Any]) -> DatabaseUnavailable:
     text = str(error)
     where = f"PostgreSQL at {place(parameters)}"
+    if parameters.get("sslmode") == "disable" and "no encryption" in text:  # of the server's pg_hba.conf
+        return DatabaseUnavailable(f"{where}: the server refuses us without TLS", kind="tls")
     for kind, transient, pattern in _CONNECTION_FAILURES:
         if pattern.search(text):
             return DatabaseUnavailable(f"{where}: {_SENTENCES[kind]}", kind=kind, transient=transient)
@@ -268,7 +282,7 @@ def translated(error: psycopg.Error) -> DatabaseUnavailable:
         return DatabaseUnavailable(
             "the connection to PostgreSQL broke in the middle of a step", kind="reset", transient=True
         )
-    kind = {"42P01": "missing-table", "42703": "missing-column", "42501": "permission", "55P03": "locked"}.get(
+    kind = _STATEMENT_FAILURES.get(
         state, "corrupt" if state.startswith("XX") or state == "58030" else "statement-failed"
     )
     message, hint = f"PostgreSQL says: {primary} (SQLSTATE {state})", None

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import pwd
+import shlex
 import shutil
 import socket
 import stat
@@ -18,7 +19,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import orjson
 
@@ -97,6 +98,7 @@ class Manager(Protocol):
     def look(self, timeout_s: float) -> tuple[Service, ...]: ...
     def stop_lines(self, services: Sequence[Service]) -> list[list[str]]: ...
     def start_lines(self, services: Sequence[Service], *, new_environment: bool) -> list[list[str]]: ...
+    def typed(self, verb: Literal["stop", "start"]) -> list[list[str]]: ...
     def run(self, words: Sequence[str], timeout_s: float, more: Mapping[str, str]) -> process.Finished: ...
 
 
@@ -178,6 +180,11 @@ def _changes(connection: Connection) -> int:
 
     (row,) = db.rows(connection, query("count_changes"), _Changes)
     return row.changes
+
+
+def typed(manager: Manager | None, verb: Literal["stop", "start"]) -> list[str]:
+    """The lines with which a person stops or starts every service."""
+    return [shlex.join(words) for words in manager.typed(verb)] if manager else [f"pm2 {verb} SERVICES"]
 
 
 # --- acting -----------------------------------------------------------------------------------------------------------
@@ -353,6 +360,10 @@ class _Pm2:
             return [["pm2", "restart", *_handles(services), "--update-env"]]
         return [["pm2", "start", *_handles(services)]]
 
+    def typed(self, verb: Literal["stop", "start"]) -> list[list[str]]:
+        as_its_user = [] if os.geteuid() == self.account.uid else ["sudo", "-iu", self.account.name]
+        return [[*as_its_user, "pm2", verb, *self.names]]
+
     def run(self, words: Sequence[str], timeout_s: float, more: Mapping[str, str]) -> process.Finished:
         """Run PM2 as its user, in that user's environment: `--update-env` hands it to the service."""
         environment = {
@@ -441,6 +452,9 @@ class _Systemd:
     def start_lines(self, services: Sequence[Service], *, new_environment: bool) -> list[list[str]]:  # noqa: ARG002
         return [["systemctl", "start", "--", *_handles(services)]]
 
+    def typed(self, verb: Literal["stop", "start"]) -> list[list[str]]:
+        return [["systemctl", verb, *self.names]]
+
     def run(self, words: Sequence[str], timeout_s: float, more: Mapping[str, str]) -> process.Finished:  # noqa: ARG002
         return _run_systemd(words, timeout_s)
 
@@ -510,6 +524,10 @@ class _Command:
 
     def start_lines(self, services: Sequence[Service], *, new_environment: bool) -> list[list[str]]:  # noqa: ARG002
         return [[*self.start_command, service.name] for service in services]
+
+    def typed(self, verb: Literal["stop", "start"]) -> list[list[str]]:
+        command = self.stop_command if verb == "stop" else self.start_command
+        return [[*command, name] for name in self.names]
 
     def run(self, words: Sequence[str], timeout_s: float, more: Mapping[str, str]) -> process.Finished:
         names = ("PATH", "HOME", "USER", "LOGNAME", "LANG")
@@ -610,17 +628,22 @@ def lines_after(services: Sequence[Service], mark: LogMark, *, timeout_s: float 
     return lines
 
 
-def last_lines(services: Sequence[Service], *, limit_bytes: int, timeout_s: float = LOOK_TIMEOUT_S) -> list[str]:
-    """The end of the services' logs: at most `limit_bytes` of each file."""
+def last_lines(
+    services: Sequence[Service], *, limit_bytes: int, since: datetime | None = None, timeout_s: float = LOOK_TIMEOUT_S
+) -> list[str]:
+    """The end of the services' logs: at most `limit_bytes` of each file, and no file last written before `since`."""
     lines: list[str] = []
     for path in _log_files(services):
         with suppress(OSError):
-            start = max(0, path.stat().st_size - limit_bytes)
-            text = _read(path, start)
-            lines += text.splitlines()[1 if start else 0 :]  # the first is torn
+            found = path.stat()
+            if since is not None and found.st_mtime < since.timestamp():
+                continue
+            start = max(0, found.st_size - limit_bytes)
+            lines += _read(path, start).splitlines()[1 if start else 0 :]  # the first is torn
     for service in services:
         if service.journal:
-            lines += _journal(service.journal, timeout_s, f"--lines={_JOURNAL_LINES}")
+            which = [f"--since=@{since.timestamp():.0f}"] if since else []
+            lines += _journal(service.journal, timeout_s, f"--lines={_JOURNAL_LINES}", *which)
     return lines
 
 

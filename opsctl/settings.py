@@ -114,6 +114,13 @@ def _words(value: str) -> tuple[str, ...]:
         raise ValueError("has an open quote") from None
 
 
+def _host_and_port(value: str) -> str:
+    match = re.fullmatch(r"[A-Za-z0-9.-]+:([0-9]{1,5})|none", value)
+    if not match or not 0 < int(match[1] or 1) < 65536:
+        raise ValueError("is neither host:port nor none")
+    return value
+
+
 def _http_address(value: str) -> str:
     if not re.fullmatch(r"https?://[^\s/]+(/\S*)?", value):
         raise ValueError("is not an http(s) address")
@@ -187,6 +194,12 @@ VARIABLES: tuple[Variable, ...] = (
         (),
         "The service's log files, with commas between them, where its manager does not know them.",
         "/var/log/app/service.log",
+    ),
+    Variable(
+        "WHATSAPP_ADDRESS",
+        _host_and_port,
+        "web.whatsapp.com:443",
+        "Where triage looks whether WhatsApp can be reached; none where only a proxy leads there.",
     ),
     Variable("OPSCTL_STATE_DIR", _path, None, "History and alert state. Else $XDG_STATE_HOME/opsctl."),
     Variable("STANDBY_DIR", _path, None, "Folder of the warm copies. Else $OPSCTL_STATE_DIR/standby.", "/srv/standby"),

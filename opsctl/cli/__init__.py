@@ -6,16 +6,16 @@ from typing import Annotated
 import typer
 
 import opsctl
-from opsctl.cli import cache, config, db, drill, frame, keys, sessions
+from opsctl.cli import cache, config, db, drill, frame, keys, sessions, triage
 
 EMERGENCY = """\
 PostgreSQL is down and WhatsApp with it? In this order:
 
+  opsctl triage                                      what is broken, and the next line
   pm2 stop SERVICES                                  nobody may own the sessions
   opsctl sessions restore --service-stopped          sessions back as files, proven
   opsctl sessions verify DIR                         will they log in?
   opsctl sessions undo                               the folders as they were
-  opsctl config check                                is this installation ready?
 """
 
 app = typer.Typer(
@@ -25,6 +25,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
+app.add_typer(triage.app)  # without a name of its own: the first thing that is typed is one word
 app.add_typer(sessions.app, name="sessions")
 app.add_typer(db.app, name="db")
 app.add_typer(cache.app, name="cache")

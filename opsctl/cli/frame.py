@@ -343,7 +343,7 @@ class _Frame:
 
     def _ending(self, report: Report) -> Ending:
         run = self.invocation
-        elapsed_s = round(_seconds_since_start(self.since), 3)
+        elapsed_s = round(seconds_since_start(self.since), 3)
         if (
             self.emergency
             and not run.options.get("dry_run")
@@ -443,7 +443,7 @@ def _report(exit_code: int, failure: Failure) -> Report:
     return Report(summary=failure.message, exit_code=exit_code, failure=failure)
 
 
-def _seconds_since_start(since: datetime | None) -> float:
+def seconds_since_start(since: datetime | None = None) -> float:
     """Since the outage where the operator said when it was, else since this process was started (proc_pid_stat(5))."""
     if since is not None:
         return (datetime.now(UTC) - since) / timedelta(seconds=1)

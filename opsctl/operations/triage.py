@@ -1,0 +1,325 @@
+"""What is broken, which runbook, the exact next line: one verdict out of all that can be seen in some seconds."""
+
+from __future__ import annotations
+
+import shlex
+import time
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from opsctl import db, services
+from opsctl.operations.probes import Fault, Sight, View, look
+from opsctl.report import Column, Failure, Report
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from datetime import datetime
+
+    from opsctl.settings import Settings
+
+MARGIN_S = 0.8
+"""For deciding, for printing and for ending."""
+_LEAST_S = 0.5
+_SHOWN_COMPANIES = 3
+
+_COLUMNS = (Column("Looked at", "check"), Column("", "verdict"), Column("Seen", "seen"))
+
+_UNREACHABLE = "runbooks/1-postgresql-unreachable.md"
+_CORRUPT = "runbooks/2-corrupted-session-data.md"
+_DELETED = "runbooks/3-accidental-deletion.md"
+_LOST = "runbooks/4-complete-loss.md"
+
+
+@dataclass(frozen=True, slots=True)
+class SightRow:
+    """One thing that was looked at."""
+
+    check: str
+    verdict: str
+    """`ok`, the kind of the fault, or `-` for what was not looked at."""
+    seen: str
+    companies: tuple[str, ...] = ()
+    seconds: float | None = None
+
+
+def triage(settings: Settings, *, seconds: float, everything: bool, now: datetime) -> Report:
+    """Look, decide, and say what to type, in so many `seconds`. Exit 0 where nothing is broken, 1 with a verdict.
+
+    `everything`: rows for what is sound too. Raises `SettingsError` where no database address is set.
+    """
+    view = look(settings, give_up_at=time.monotonic() + max(_LEAST_S, seconds - MARGIN_S), now=now)
+    sights = _read_together(view)
+    faults = in_order(sights, switched=view.switch is not None)
+    rows = [_row(sight) for sight in sights if everything or sight in faults]
+    hurried = sorted({sight.check for sight in sights if sight.hurried})
+    warnings = [f"not looked at to the end, because the time was up: {', '.join(hurried)}"] if hurried else []
+    facts = {"verdict": None, "owner": _owner(view), "since": view.switch.since if view.switch else None}
+    if not faults:
+        took_s = time.monotonic() - view.started_at
+        found = "nothing was found, but not all was looked at" if hurried else "nothing is broken that can be seen here"
+        return Report(
+            f"{found} ({len(sights)} looks, {took_s:.1f} s); {_owner_sentence(view)}",
+            rows=rows,
+            columns=_COLUMNS,
+            facts=facts,
+            warnings=warnings,
+        )
+    verdict = faults[0]
+    fault = verdict.fault or Fault.UNUSABLE
+    advice = _ADVICE[fault]
+    if view.switch is not None and fault in _OF_THE_DATABASE:  # the sessions live; there is time to mend the database
+        advice = _Advice(advice.sentence, f"{_UNREACHABLE}#way-back", ("opsctl triage",))
+    lines = _lines(advice, verdict, view)
+    others = sorted({str(sight.fault) for sight in faults} - {str(fault)})
+    if others:
+        warnings.append(f"also: {', '.join(others)}; see to {fault} first")
+    return Report(
+        f"verdict: {fault}; {_owner_sentence(view)}",
+        rows=rows,
+        columns=_COLUMNS,
+        facts={**facts, "verdict": str(fault), "also": others, "runbook": advice.page, "evidence": verdict.seen},
+        warnings=warnings,
+        next_lines=lines,
+        exit_code=1,
+        failure=Failure(str(fault), f"{advice.sentence}: {_named(verdict)}", hint=lines[0], runbook=advice.page),
+        companies=verdict.companies,
+    )
+
+
+def _read_together(view: View) -> list[Sight]:
+    """The sights, with what some of them mean only beside others.
+
+    A host that nobody needs, because another of the list has let us in, is no fault. Where neither WhatsApp nor the
+    database's host lets us through, the way out is the cause of both.
+    """
+    sights = list(view.sights)
+    if view.logged_in:
+        return [
+            replace(s, fault=None, seen=f"{s.seen}; another host does") if s.check == "network" and s.fault else s
+            for s in sights
+        ]
+    if {sight.fault for sight in sights} & {Fault.NAME, Fault.TIMEOUT}:
+        words = "; the database's host is out of reach too"
+        return [
+            replace(s, fault=Fault.WAY_OUT, seen=s.seen + words) if s.fault is Fault.WHATSAPP else s for s in sights
+        ]
+    return sights
+
+
+def in_order(sights: Sequence[Sight], *, switched: bool) -> list[Sight]:
+    """What is broken, the first to see to first: causes before their consequences, and the rest by what they cost.
+
+    The order is that of `Fault`:
+
+    1. A full disk under the sessions stands first: every remedy writes there, and every further write of the service
+       tears what is left.
+    2. The way out: a network that leads nowhere is the cause of all the rest, and a restore would only add a switch
+       that has to be undone.
+    3. What keeps us from talking to the database, from the outside in (name, port, login, answer): nothing behind a
+       closed door can be judged, and all companies wait for it.
+    4. What the server cannot do: a full disk before locks, since writers that cannot write hold theirs.
+    5. What its tables lack, the larger loss first: a missing table has no rows, and missing rows have no credentials.
+    6. A stopped service: it may be stopped because of any of the above, and starting it then would do harm.
+    7. WhatsApp alone, then what it says in the log. 440 before 401 and 403: two owners of one identity ruin more with
+       each minute. Undecryptable messages last: they are late, not lost, and often the consequence of the rest.
+
+    While a switch is on record the service does not use the database, so what is wrong with it comes after everything
+    else.
+    """
+    order = list(Fault)
+    if switched:
+        order.sort(key=lambda fault: fault in _OF_THE_DATABASE)
+    faults = [(order.index(s.fault), s.seconds or 0, s) for s in sights if s.fault is not None]
+    # The clearest words on a fault are those of the probe that told it first.
+    return [sight for *_, sight in sorted(faults, key=lambda found: found[:2])]
+
+
+_OF_THE_DATABASE = frozenset(
+    {
+        Fault.NAME,
+        Fault.REFUSED,
+        Fault.TIMEOUT,
+        Fault.STARTING,
+        Fault.TLS,
+        Fault.AUTHENTICATION,
+        Fault.MISSING_DATABASE,
+        Fault.NO_CONNECTION_LEFT,
+        Fault.FROZEN,
+        Fault.UNUSABLE,
+        Fault.SERVER_DISK_FULL,
+        Fault.READ_ONLY,
+        Fault.LOCKS,
+        Fault.PERMISSION,
+        Fault.MISSING_TABLES,
+        Fault.ROWS_MISSING,
+        Fault.CORRUPT_ROWS,
+    }
+)
+
+
+@dataclass(frozen=True, slots=True)
+class _Advice:
+    """What a fault means, the page with its section, and the lines to type, the first one first.
+
+    In a line, `{stop}`, `{start}` and `{log}` are lines of their own, one or more or none; the other words in braces
+    are filled in.
+    """
+
+    sentence: str
+    page: str
+    lines: tuple[str, ...]
+
+
+_RESTORE = ("{stop}", "opsctl sessions restore --service-stopped")
+_PSQL = "sudo -u postgres psql -c"
+_IDLE = "SELECT pid, usename, application_name, state_change FROM pg_stat_activity WHERE state = 'idle' ORDER BY 4"
+_ADVICE = {
+    Fault.SESSIONS_DISK_FULL: _Advice(
+        "this machine's disk is full", f"{_UNREACHABLE}#preflight", ("df -h {folder}; df -i {folder}",)
+    ),
+    Fault.WAY_OUT: _Advice(
+        "this machine reaches neither WhatsApp nor the database; restoring cannot help",
+        f"{_UNREACHABLE}#when-restoring-cannot-help",
+        ("curl -sSv -o /dev/null -m 5 https://{whatsapp}/",),
+    ),
+    Fault.NAME: _Advice("the database's host name is not found", f"{_UNREACHABLE}#the-lines-to-type", _RESTORE),
+    Fault.REFUSED: _Advice("the database refuses connections", f"{_UNREACHABLE}#the-lines-to-type", _RESTORE),
+    Fault.TIMEOUT: _Advice("the database's host does not answer", f"{_UNREACHABLE}#the-lines-to-type", _RESTORE),
+    Fault.STARTING: _Advice(
+        "the database is starting or shutting down",
+        f"{_UNREACHABLE}#the-lines-to-type",
+        ("opsctl triage", *_RESTORE),
+    ),
+    Fault.TLS: _Advice("TLS with the database fails", f"{_UNREACHABLE}#preflight", ("opsctl config show", *_RESTORE)),
+    Fault.AUTHENTICATION: _Advice(
+        "the database does not accept the role or its password",
+        f"{_UNREACHABLE}#preflight",
+        ("opsctl config show", *_RESTORE),
+    ),
+    Fault.MISSING_DATABASE: _Advice(
+        "the server has no such database", f"{_LOST}#the-lines-to-type", ("opsctl config show", *_RESTORE)
+    ),
+    Fault.NO_CONNECTION_LEFT: _Advice(
+        "the database is out of connections", f"{_UNREACHABLE}#preflight", (f'{_PSQL} "{_IDLE}"',)
+    ),
+    Fault.FROZEN: _Advice(
+        "the database lets us connect and never answers", f"{_UNREACHABLE}#the-lines-to-type", _RESTORE
+    ),
+    Fault.UNUSABLE: _Advice("the database cannot be used", f"{_UNREACHABLE}#the-lines-to-type", _RESTORE),
+    Fault.SERVER_DISK_FULL: _Advice(
+        "the database server's disk is full", f"{_UNREACHABLE}#preflight", ("{on_server}df -h", *_RESTORE)
+    ),
+    Fault.READ_ONLY: _Advice("the database is read-only", f"{_UNREACHABLE}#the-lines-to-type", _RESTORE),
+    Fault.LOCKS: _Advice(
+        "locks pile up in the database",
+        f"{_UNREACHABLE}#preflight",
+        (f'{_PSQL} "SELECT pg_terminate_backend({{pid}})"', "opsctl triage"),
+    ),
+    Fault.PERMISSION: _Advice(
+        "the role may not read the tables",
+        f"{_UNREACHABLE}#preflight",
+        (f'{_PSQL} "GRANT SELECT ON whatsapp_auth, whatsapp_keys TO {{role}}"',),
+    ),
+    Fault.MISSING_TABLES: _Advice(
+        "tables are missing", f"{_DELETED}#the-lines-to-type", ("{stop}", "opsctl sessions list")
+    ),
+    Fault.ROWS_MISSING: _Advice(
+        "rows are missing", f"{_DELETED}#the-lines-to-type", ("{stop}", "opsctl sessions list")
+    ),
+    Fault.CORRUPT_ROWS: _Advice("the database cannot read its own tables", f"{_CORRUPT}#the-lines-to-type", _RESTORE),
+    Fault.CORRUPT_CREDS: _Advice(
+        "credentials are corrupt", f"{_CORRUPT}#the-lines-to-type", ("{stop}", "opsctl sessions list")
+    ),
+    Fault.SERVICE_STOPPED: _Advice("the service does not run", f"{_UNREACHABLE}#verification", ("{log}", "{start}")),
+    Fault.WHATSAPP: _Advice(
+        "WhatsApp cannot be reached from here; restoring cannot help",
+        f"{_UNREACHABLE}#when-restoring-cannot-help",
+        ("curl -sSv -o /dev/null -m 5 https://{whatsapp}/",),
+    ),
+    Fault.REPLACED: _Advice(
+        "two processes use one identity (440); restoring cannot help",
+        f"{_UNREACHABLE}#when-restoring-cannot-help",
+        ("ps -eo pid,user,lstart,args | grep [n]ode", "{log}"),
+    ),
+    Fault.LOGGED_OUT: _Advice(
+        "WhatsApp has removed the device (401); restoring cannot help",
+        f"{_UNREACHABLE}#when-restoring-cannot-help",
+        ("{log}", "opsctl sessions list"),
+    ),
+    Fault.FORBIDDEN: _Advice(
+        "WhatsApp has blocked the account (403); restoring cannot help",
+        f"{_UNREACHABLE}#when-restoring-cannot-help",
+        ("{log}", "opsctl sessions list"),
+    ),
+    Fault.UNDECRYPTABLE: _Advice(
+        "messages cannot be decrypted", f"{_CORRUPT}#undecryptable-messages", ("opsctl sessions list", "{log}")
+    ),
+}
+
+
+def _lines(advice: _Advice, verdict: Sight, view: View) -> list[str]:
+    """The lines to type, filled in."""
+    address = db.address(view.settings)
+    several = {
+        "{stop}": services.typed(view.manager, "stop"),
+        "{start}": services.typed(view.manager, "start"),
+        "{log}": _log_lines(view),
+    }
+    words = {
+        "folder": shlex.quote(str(view.sessions_dir or view.settings.standby_dir)),
+        "whatsapp": view.settings["WHATSAPP_ADDRESS"],
+        "on_server": _on_the_server(address),
+        "pid": verdict.pid or "PID",
+        "role": address.get("user") or "ROLE",
+    }
+    filled: list[str] = []
+    for line in advice.lines:
+        filled += several[line] if line in several else [line.format(**words)]
+    return filled
+
+
+def _on_the_server(address: Mapping[str, Any]) -> str:
+    """`ssh HOST` where the server is another machine."""
+    host = str(address.get("host") or "/").split(",")[0]
+    return "" if host.startswith(("/", "@", "127.")) or host == "localhost" else f"ssh {shlex.quote(host)} "
+
+
+def _log_lines(view: View) -> list[str]:
+    if view.log is None:
+        return []
+    return [
+        f"tail -n 50 {shlex.quote(str(view.log))}" if view.log.startswith("/") else f"journalctl -n 50 -u {view.log}"
+    ]
+
+
+def _owner(view: View) -> str:
+    return "folders" if view.switch else "database"
+
+
+def _owner_sentence(view: View) -> str:
+    """Who owns the sessions now, by the record of a switch."""
+    if view.sessions_dir is None:
+        return "who owns the sessions is not known without a sessions folder"
+    if view.switch is None:
+        return "the sessions belong to PostgreSQL: no switch is on record"
+    return (
+        f"the sessions belong to the folders in {view.sessions_dir} since {view.switch.since} "
+        f"({view.switch.phase}): what PostgreSQL has is the stale copy"
+    )
+
+
+def _row(sight: Sight) -> SightRow:
+    verdict = "-" if sight.skipped else str(sight.fault or "ok")
+    return SightRow(sight.check, verdict, _named(sight), sight.companies, sight.seconds)
+
+
+def _named(sight: Sight) -> str:
+    """What was seen, with the first companies that it is about."""
+    shown = ", ".join(map(_bare, sight.companies[:_SHOWN_COMPANIES]))
+    more = len(sight.companies) - _SHOWN_COMPANIES
+    return sight.seen + (f" ({shown}{f' and {more} more' if more > 0 else ''})" if shown else "")
+
+
+def _bare(text: str) -> str:
+    """A company's id as it may stand in a sentence."""
+    return ascii(text)[1:-1]
