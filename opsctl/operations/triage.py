@@ -172,7 +172,7 @@ class _Advice:
 
 _RESTORE = ("{stop}", "opsctl sessions restore --service-stopped")
 _PSQL = "sudo -u postgres psql -c"
-_IDLE = "SELECT pid, usename, application_name, state_change FROM pg_stat_activity WHERE state = 'idle' ORDER BY 4"
+_IDLE = "sudo -u postgres psql -c \"SELECT pid, usename, application_name FROM pg_stat_activity WHERE state = 'idle'\""
 _ADVICE = {
     Fault.SESSIONS_DISK_FULL: _Advice(
         "this machine's disk is full", f"{_UNREACHABLE}#preflight", ("df -h {folder}; df -i {folder}",)
@@ -199,9 +199,7 @@ _ADVICE = {
     Fault.MISSING_DATABASE: _Advice(
         "the server has no such database", f"{_LOST}#the-lines-to-type", ("opsctl config show", *_RESTORE)
     ),
-    Fault.NO_CONNECTION_LEFT: _Advice(
-        "the database is out of connections", f"{_UNREACHABLE}#preflight", (f'{_PSQL} "{_IDLE}"',)
-    ),
+    Fault.NO_CONNECTION_LEFT: _Advice("the database is out of connections", f"{_UNREACHABLE}#preflight", (_IDLE,)),
     Fault.FROZEN: _Advice(
         "the database lets us connect and never answers", f"{_UNREACHABLE}#the-lines-to-type", _RESTORE
     ),
