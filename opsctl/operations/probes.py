@@ -23,6 +23,7 @@ from opsctl import db, services
 from opsctl.baileys import buffers, credentials, log_lines
 from opsctl.baileys.filenames import CREDS_FILE
 from opsctl.errors import DatabaseUnavailable, OpsctlError, SettingsError
+from opsctl.operations.sources import TOLERATED_LOSS
 from opsctl.queries import query
 from opsctl.services import Service, State
 from opsctl.stores.folder import OPSCTL_FOLDER, opened, read_file
@@ -43,8 +44,6 @@ FULL_BYTES = 16 * 1024 * 1024
 """Fewer free bytes are a full disk: a handful of companies, or one rotation of a log."""
 LOCK_WAIT_S = 5.0
 """A session that waits longer for a lock is stuck behind another; the service gives up after 30 s."""
-LOST_SHARE = 0.2
-"""A company that has lost more of its keys than this has lost them by accident."""
 LOG_BYTES = 512 * 1024
 LOG_WINDOW = timedelta(minutes=15)
 _TELLING_S = 0.2
@@ -412,7 +411,7 @@ def _look_at_counts(view: View, rows: Snapshot, copies: Mapping[str, Copy]) -> N
     poorer = tuple(
         tenant.company_id
         for tenant in counted
-        if (copy := copies.get(tenant.company_id)) and tenant.key_count < (copy.key_count or 0) * (1 - LOST_SHARE)
+        if (copy := copies.get(tenant.company_id)) and tenant.key_count < (copy.key_count or 0) * (1 - TOLERATED_LOSS)
     )
     if poorer and not empty:
         seen = "the database lacks more than a fifth of the keys that the standby has"
