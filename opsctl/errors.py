@@ -94,6 +94,12 @@ class Locked(OpsctlError):
     kind = "locked"
 
 
+class AlreadyRunning(Locked):
+    """The same job, started by cron a minute ago, is not done yet. Nothing abnormal: `--quiet` says nothing."""
+
+    kind = "already-running"
+
+
 class Interrupted(KeyboardInterrupt):
     """A signal asked this run to stop. Not an `Exception`: only the frame answers it."""
 

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 import opsctl
-from opsctl.cli import cache, config, db, drill, frame, keys, sessions, triage
+from opsctl.cli import cache, config, db, drill, frame, keys, sessions, standby, triage
 
 EMERGENCY = """\
 PostgreSQL is down and WhatsApp with it? In this order:
@@ -28,6 +28,7 @@ app = typer.Typer(
 app.add_typer(triage.app)  # without a name of its own: the first thing that is typed is one word
 app.add_typer(sessions.app, name="sessions")
 app.add_typer(db.app, name="db")
+app.add_typer(standby.app, name="standby")
 app.add_typer(cache.app, name="cache")
 app.add_typer(keys.app, name="keys")
 app.add_typer(drill.app, name="drill")

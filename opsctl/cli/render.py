@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import orjson
 
+from opsctl.errors import AlreadyRunning
 from opsctl.journal import Step, Watcher
 
 if TYPE_CHECKING:
@@ -58,7 +59,8 @@ def as_text(ending: Ending, *, quiet: bool, verbose: bool) -> None:
     """The answer on stdout; what went wrong and what to type then on stderr."""
     report = ending.report
     if quiet:
-        if report.failure or report.exit_code or report.warnings:
+        routine = report.failure is not None and report.failure.kind == AlreadyRunning.kind
+        if (report.failure or report.exit_code or report.warnings) and not routine:
             _complain(ending, one_line=True)
         return
     out = lines(report, verbose=verbose)

@@ -107,6 +107,26 @@ class CompanyCreds:
     creds: str
 
 
+@dataclass(frozen=True, slots=True)
+class CompanyDigest:
+    """By what one sees whether anything of a company has changed; empty where the server could not tell."""
+
+    company_id: str
+    has_creds: bool
+    key_count: int
+    digest: str
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far the server is, in 64-bit transaction numbers, and which of its databases this is."""
+
+    since: int
+    """Every transaction before this one had ended: whatever is written later has this number or a higher one."""
+    next_xid: int
+    database_oid: int
+
+
 class Snapshot:
     """All companies at one instant. Made by `snapshot`."""
 
@@ -162,6 +182,22 @@ class Snapshot:
         """From here on the snapshot is read under another clock than the one it was opened with."""
         self._connection.give_up_at = time.monotonic() + (float("inf") if remaining_s is None else remaining_s)
 
+    def progress(self) -> Progress:
+        """How far the server was when the snapshot was taken."""
+        with _translating():
+            (progress,) = db.rows(self._connection, query("describe_progress"), Progress)
+        return progress
+
+    def digests(self) -> list[CompanyDigest]:
+        """Every company that has credentials or keys, by id. Reads all rows, but none of their values."""
+        try:
+            with self.company(), _translating(), self._connection.counting():
+                return db.rows(self._connection, query("digest_companies"), CompanyDigest)
+        except DatabaseUnavailable as error:
+            if error.kind != "corrupt":
+                raise
+        return [CompanyDigest(t.company_id, t.has_creds, t.key_count, "") for t in self.tenants()]
+
     @contextmanager
     def company(self) -> Iterator[None]:
         """Around the reading of one company: damage that the server reports in it does not end the snapshot."""
@@ -194,6 +230,14 @@ class Snapshot:
         """The company's keys, in no order: lines of COPY's text format, many at a time (`parse_rows` reads them)."""
         with _translating():
             yield from db.copied(self._connection, query("copy_keys"), company_id=company_id)
+
+    def changed_key_rows(self, company_id: str, *, since: int) -> Iterator[bytes]:
+        """The company's keys as `key_rows` has them, with an empty value where nothing from `since` on wrote the row.
+
+        `since` is a `Progress.since` of this server, at most 2^31 transactions ago.
+        """
+        with _translating():
+            yield from db.copied(self._connection, query("copy_changed_keys"), company_id=company_id, since=since)
 
 
 @contextmanager

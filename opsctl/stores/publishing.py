@@ -233,8 +233,7 @@ class Staging:
 
     def sync(self) -> None:
         """One sync of the filesystem for all that was written. Raises OSError for what the disk did not take."""
-        if _libc.syncfs(self.building_fd) != 0:
-            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+        sync_filesystem(self.building_fd)
 
     @contextmanager
     def flushing(self) -> Iterator[None]:
@@ -286,6 +285,12 @@ class Staging:
         """Make the exchanges durable."""
         os.fsync(self._ready)
         os.fsync(self._root.fd)
+
+
+def sync_filesystem(fd: int) -> None:
+    """syncfs(2) of the filesystem that `fd` is on. Raises OSError for what the disk did not take."""
+    if _libc.syncfs(fd) != 0:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
 
 
 def exchange(folder: str, here: int, there: int, *, old: str) -> None:

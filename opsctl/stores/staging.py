@@ -78,6 +78,8 @@ class Order:
     drop_stale: bool
     creds_form: str | None = None
     """How the row had its bytes, where the credentials come from another copy of it."""
+    as_stored: bool = False
+    """Leave the credentials as they are, and the keys' consistency unchecked: for a copy that is not published."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +110,7 @@ class Staged:
     registered: bool
     damage: str | None
     """What did not read back as it was written."""
+    me_sha256: str | None
 
     @property
     def key_count(self) -> int:
@@ -135,6 +138,8 @@ class CompanyWriter:
         normalised = buffers.normalise(order.creds)
         self._creds_form = order.creds_form or normalised.form
         self._examined = credentials.examine(normalised.data)
+        me_id = self._examined.me_id
+        self._me_sha256 = credentials.me_fingerprint(me_id) if me_id else None
         self._creds = normalised.data
         self._summary = credentials.KeySummary()
 
@@ -189,13 +194,20 @@ class CompanyWriter:
         if key_type in credentials.SUMMARISED:
             self._summary.add(key_type, key_id, data)
 
+    def keep(self, name: str, entry: FileEntry, base_fd: int | None) -> None:
+        """Take over a file that has not changed from another generation, by a hard link where files are written."""
+        if self._fd is not None:
+            os.link(name, name, src_dir_fd=base_fd, dst_dir_fd=self._fd, follow_symlinks=False)
+        self._entries[name] = entry_json(entry)
+        self._counts[entry.key_type] += 1
+
     def finish(self) -> Staged:
         """Write the manifest, then creds.json."""
         order = self._order
         findings = self._examined.findings
         unusable = tuple(f.message for f in findings if f.severity is credentials.Severity.UNUSABLE)
         creds = self._creds
-        if not unusable:
+        if not (unusable or order.as_stored):
             creds = credentials.with_pre_key_ids_raised(
                 creds, highest_pre_key_id=self._summary.highest_pre_key_id, fresh=order.fresh
             )
@@ -222,6 +234,7 @@ class CompanyWriter:
             unusable=unusable,
             registered=self._examined.registered,
             damage=self._damage,
+            me_sha256=self._me_sha256,
         )
 
     def digests(self) -> Iterator[tuple[str, str]]:
@@ -285,8 +298,7 @@ class CompanyWriter:
         self._warnings.add("left out, because it cannot be a file of its own", why)
 
     def _write_manifest(self, more: list[tuple[str, bytes]]) -> None:
-        me_id = self._examined.me_id
-        origin = replace(self._order.origin, me_sha256=credentials.me_fingerprint(me_id) if me_id else None)
+        origin = replace(self._order.origin, me_sha256=self._me_sha256)
         descriptor = os.open(MANIFEST_FILE, _CREATE, 0o600, dir_fd=self._fd)
         with open(descriptor, "wb", buffering=256 * 1024) as file:  # noqa: PTH123 - a descriptor has no Path
             file.writelines(manifest_lines(origin, chain(self._entries.items(), more)))

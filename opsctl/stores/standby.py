@@ -8,6 +8,7 @@
             ready/                    byte-equal to the newest generation, and sharing no inode with anything
             state.json                what a sync has to remember of the company (`State`)
             building/                 a generation that was not finished; whoever finds it removes it
+        .gone-company_<id>-<time>/    a company whose end was accepted, as long as replaced generations are kept
 
 The newest generation is the current copy. It appears by one rename and nothing in it is ever written again, so it may
 share its files with other generations by hard links. `ready` belongs to the service's user and may be renamed away by a
@@ -24,15 +25,16 @@ import socket
 import time
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import orjson
 
-from opsctl.baileys.filenames import CREDS_FILE, UnwritableName, folder_name, is_company_id
-from opsctl.errors import Locked, Refused
+from opsctl.baileys.filenames import CREDS_FILE, MANIFEST_FILE, UnwritableName, folder_name, is_company_id
+from opsctl.errors import AlreadyRunning, Locked, Refused
 from opsctl.stores.folder import Holding, contents, opened, origin_of, read_file
-from opsctl.stores.publishing import Owner
+from opsctl.stores.publishing import Owner, sync_filesystem
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -40,11 +42,13 @@ if TYPE_CHECKING:
 
     from opsctl.stores.records import Origin
 
-_CHECKED, _HOLDER, _STATE = "checked.json", "holder.json", "state.json"
-_GENERATIONS, _READY, _REFRESHING, _BUILDING, _TRASH = "generations", "ready", "refreshing", "building", "trash"
+_CHECKED, _HOLDER, _SYNCING, _STATE = "checked.json", "holder.json", "sync.lock", "state.json"
+_GENERATIONS, _READY, _BUILDING = "generations", "ready", "building"
+_REFRESHING, _TRASH, _GONE = "refreshing", "trash-", ".gone-"
 _NUMBER = re.compile(r"[0-9]{8}")
 _CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _LOOK_S = 0.05
+_NEWEST_KEPT = 3
 PUBLISHING_WAIT_S = 10.0
 """A sync holds the lock only while it publishes, never while it waits for a database."""
 
@@ -69,14 +73,13 @@ class Marks:
     """By what a sync recognises that nothing has changed since, and otherwise what has."""
 
     source: str
-    """`database`, or `folder` while a switch is on record."""
+    """`database`, or `folders` while a switch is on record."""
     digest: str
     """Of everything that the source holds of the company."""
     since: int | None = None
     """Every transaction before this one had ended when the rows were read."""
-    server_at: str | None = None
-    """The server's clock then."""
     next_xid: int | None = None
+    database_oid: int | None = None
     system_identifier: str | None = None
     timeline: int | None = None
 
@@ -131,6 +134,20 @@ class Copy:
     """Why it cannot be used."""
 
 
+@dataclass(frozen=True, slots=True)
+class Built:
+    """A generation that is written, read back, and not yet published."""
+
+    company_id: str
+    facts: Facts
+    state: State
+    """What is remembered of the company once it is published."""
+    base: str | None
+    """The generation that it shares files with."""
+    changed: frozenset[str] | None
+    """The files that are not those of `base`, also those that are gone; None: all."""
+
+
 class Standby:
     """A standby folder. Looking at it needs no lock; whoever changes something holds `locked`."""
 
@@ -170,6 +187,10 @@ class Standby:
             return []
         current = self._current(folder, self.checked())
         return [current, *(self._copy(folder, number) for number in numbers[1:])]
+
+    def generation_count(self, folder: str) -> int:
+        """How many generations a company's folder has."""
+        return len(self._numbers(folder))
 
     def damage(self, folder: Path, *, company_id: str) -> str | None:
         """Read every file of a generation, or of a ready copy, and hold it against its manifest: None where whole."""
@@ -239,7 +260,7 @@ class Standby:
             key_count=facts.key_count if facts else None,
             keys_by_type=facts.keys_by_type if facts else {},
             newest_at=facts.newest_at if facts else None,
-            me_sha256=origin.me_sha256 if origin else None,
+            me_sha256=origin.me_sha256 if origin else facts.me_sha256 if facts else None,
             verified_at=state.verified_at if state and state.generation == number else None,
             held=state.held if state else None,
             held_since=state.held_since if state else None,
@@ -312,6 +333,129 @@ class Standby:
         except (OSError, ValueError, KeyError, TypeError):
             return "its pid is not known"
 
+    @contextmanager
+    def syncing(self) -> Iterator[None]:
+        """For as long as a sync runs: raises `AlreadyRunning` where another one does."""
+        with self._open() as fd:
+            flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+            descriptor = os.open(_SYNCING, flags, 0o600, dir_fd=fd)
+            try:
+                if not _flock(descriptor):
+                    raise AlreadyRunning(f"another sync works on {self.path}", hint="wait for it, then type it again")
+                yield
+            finally:
+                os.close(descriptor)
+
+    @contextmanager
+    def building(self, company_id: str) -> Iterator[int]:
+        """A new empty folder for the company's next generation, for a sync to write into."""
+        place = self._company(folder_name(company_id))
+        for folder in (place, place / _GENERATIONS):
+            folder.mkdir(mode=0o700, exist_ok=True)
+        self._discard(place, _BUILDING)
+        (place / _BUILDING).mkdir(0o700)
+        with opened(place / _BUILDING) as fd:
+            yield fd
+
+    def abandon(self, company_id: str) -> None:
+        """Remove what `building` has made."""
+        self._discard(self._company(folder_name(company_id)), _BUILDING)
+
+    def next_generation(self, company_id: str) -> str:
+        """The number of the generation to build."""
+        numbers = self._numbers(folder_name(company_id))
+        return f"{int(numbers[0]) + 1 if numbers else 1:08d}"
+
+    def sync(self) -> None:
+        """One sync of the filesystem for all that was built. Raises OSError for what the disk did not take."""
+        with opened(self.path) as fd:
+            sync_filesystem(fd)
+
+    def publish(self, built: Built) -> None:
+        """Make a built and synced generation the current copy, then the ready copy like it.
+
+        Raises OSError; a generation that came into place is remembered as such, also where making it ready failed.
+        """
+        folder = folder_name(built.company_id)
+        place = self._company(folder)
+        generations, number = place / _GENERATIONS, built.facts.generation
+        self._write(generations / f"{number}.json", built.facts)
+        (place / _BUILDING).rename(generations / number)
+        with opened(generations) as fd:
+            os.fsync(fd)
+        self.remember(built.company_id, built.state)
+        self._refresh_ready(built)
+
+    def remember(self, company_id: str, state: State) -> None:
+        """Replace what is remembered of a company."""
+        place = self._company(folder_name(company_id))
+        place.mkdir(mode=0o700, exist_ok=True)
+        self._write(place / _STATE, state)
+
+    def remember_check(self, checked: Checked) -> None:
+        """Replace what the last whole run found."""
+        self._write(self.path / _CHECKED, checked)
+
+    def prune(self, company_id: str, *, keep: timedelta, now: datetime) -> None:
+        """Remove the generations that were replaced longer than `keep` ago, and thin out the others.
+
+        Of those replaced within the last hour the newest of each ten minutes stays, before that of each hour; and the
+        three newest in any case. A copy each minute for a day would be 1,440 folders, each of as many names as keys.
+        """
+        folder = folder_name(company_id)
+        generations = self._company(folder) / _GENERATIONS
+        numbers = self._numbers(folder)
+        taken = {n: _moment(f.taken_at) for n in numbers if (f := _read(generations / f"{n}.json", Facts))}
+        seen: set[tuple[int, int]] = set()
+        for newer, number in pairwise(numbers):
+            replaced = taken.get(newer)
+            if replaced is None:
+                continue
+            minutes = int(replaced.timestamp() // 60)
+            slot = (10, minutes // 10) if now - replaced < timedelta(hours=1) else (60, minutes // 60)
+            spare = slot in seen and number not in numbers[: _NEWEST_KEPT + 1]
+            seen.add(slot)
+            if spare or now - replaced > keep:
+                self._discard(self._company(folder), f"{_GENERATIONS}/{number}")
+                (generations / f"{number}.json").unlink(missing_ok=True)
+
+    def tidy(self, *, keep: timedelta, now: datetime) -> None:
+        """Remove what killed runs left, and the companies whose accepted end is longer ago than `keep`."""
+        for name in os.listdir(self.path):
+            place = self.path / name
+            if name.startswith(_GONE):
+                age = now.timestamp() - place.stat().st_ctime
+                if age > keep.total_seconds():
+                    shutil.rmtree(place, ignore_errors=True)
+            elif is_company_id(name) and place.is_dir():
+                for left in os.listdir(place):
+                    if left.startswith(_TRASH) or left in {_BUILDING, _REFRESHING}:
+                        shutil.rmtree(place / left, ignore_errors=True)
+
+    def let_go(self, copy: Copy, *, now: datetime) -> Path:
+        """Set a company's copies aside: its end was accepted. Gives where they are until they are removed."""
+        gone = self.path / f"{_GONE}{copy.folder}-{now:%Y%m%dT%H%M%SZ}"
+        self._company(copy.folder).rename(gone)
+        return gone
+
+    def _refresh_ready(self, built: Built) -> None:
+        """Bring the ready copy to the current generation by the files that changed; whole where it was of another."""
+        place = self._company(folder_name(built.company_id))
+        origin = _origin_at(place / _READY)
+        base = _origin_at(place / _GENERATIONS / built.base) if built.base else None
+        if origin is None or origin != base or built.changed is None:
+            self.rebuild_ready(built.company_id)
+            return
+        self._discard(place, _REFRESHING)
+        (place / _READY).rename(place / _REFRESHING)
+        with opened(place / _GENERATIONS / built.facts.generation) as source, opened(place / _REFRESHING) as target:
+            for name in (*built.changed, MANIFEST_FILE):
+                with suppress(FileNotFoundError):
+                    os.unlink(name, dir_fd=target)
+                with suppress(FileNotFoundError):  # it is gone, or was left out
+                    self._copy_file(name, source, target)
+        (place / _REFRESHING).rename(place / _READY)
+
     def rebuild_ready(self, company_id: str) -> Path:
         """Make the ready copy anew from the current generation, file by file. Raises OSError; `locked` is held."""
         folder = folder_name(company_id)
@@ -350,7 +494,7 @@ class Standby:
         """Out of the way by one rename each, then deleted; what a kill leaves of that is deleted by the next run."""
         for name in names:
             with suppress(FileNotFoundError):
-                trash = place / f"{_TRASH}-{time.time_ns()}"
+                trash = place / f"{_TRASH}{time.time_ns()}"
                 (place / name).rename(trash)
                 shutil.rmtree(trash, ignore_errors=True)
 
@@ -372,6 +516,10 @@ def _synced_at(company_id: str, number: str | None, state: State | None, checked
     if checked is not None and not state.held and company_id not in checked.missed:
         return max(checked.at, state.synced_at or "")
     return state.synced_at
+
+
+def _moment(text: str) -> datetime:
+    return datetime.fromisoformat(text)
 
 
 def _origin_at(folder: Path) -> Origin | None:

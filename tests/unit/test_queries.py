@@ -43,6 +43,7 @@ VALUES: dict[str, object] = {
     "patches": ["{}"],
     "places": "{}",
     "prune_below": "{}",
+    "since": 1,
     "stays": [False],
     "types": ["x"],
 }
