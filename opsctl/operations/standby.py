@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import errno
 import time
-from collections import Counter
+from collections import Counter, deque
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
@@ -47,6 +47,8 @@ LARGEST_LOSS = 5
 """A company that loses more than one in so many of its keys is held."""
 LIVE_LOSS = 100
 """But not where all but one in so many of them were past their retention: that was a cleanup."""
+_EVERY_ONE = 5
+"""So many keys of one type, and no other left: that is no ordinary day either."""
 _CLOCK_TOLERANCE = timedelta(seconds=1)
 _BATCH_COMPANIES, _BATCH_FILES = 100, 50_000
 _VERIFY_RUNS = 720
@@ -427,8 +429,13 @@ class _Sync:
             )
             reader = _Reader(CompanyWriter(order, fd), base, self.live.at)
             reader.notice(CREDS_FILE, creds[1])
-            for record in self.live.records(company, base):
-                reader.add(record)
+            records = self.live.records(company, base)
+            try:
+                for record in records:
+                    reader.add(record)
+            except (_Unlike, OSError):
+                deque(records, maxlen=0)  # the connection is of use again only when the last row was taken
+                raise
             return reader.finish()
 
     def _origin(self, company: str) -> Origin:
@@ -457,27 +464,28 @@ class _Sync:
         lost = Counter(entry.key_type for entry in taken.lost)
         if not lost and (copy.key_count or 0) > staged.key_count:  # its manifest is torn, but its keys were counted
             lost = Counter(copy.keys_by_type) - Counter(staged.keys_by_type)
-        for key_type, count in lost.items():
+        retained = self._retained(taken.lost) if taken.lost else lost
+        for key_type, count in retained.items():
             never = key_type in KNOWN and KNOWN[key_type].expiry is ExpiryPolicy.NEVER
-            if never and not staged.keys_by_type.get(key_type):
-                return f"it lost all of its {count} {key_type} keys"
+            if (never or count >= _EVERY_ONE) and not staged.keys_by_type.get(key_type):
+                return f"it lost all of its {lost[key_type]:,} {key_type} keys"
         before = copy.key_count or 0
-        if lost.total() * LARGEST_LOSS > before:
-            retained = self._retained(taken.lost)
-            if retained * LIVE_LOSS > before or not taken.lost:
-                kinds = ", ".join(f"{count} {key_type}" for key_type, count in lost.most_common(3))
-                return f"it lost {lost.total():,} of its {before:,} keys ({kinds})"
+        if lost.total() * LARGEST_LOSS > before and retained.total() * LIVE_LOSS > before:
+            kinds = ", ".join(f"{count} {key_type}" for key_type, count in lost.most_common(3))
+            return f"it lost {lost.total():,} of its {before:,} keys ({kinds})"
         if _is_before(taken.newest_at, taken.newest_kept) and not _is_before(self.live.at, taken.newest_kept):
             return f"its newest change went back from {taken.newest_kept} to {taken.newest_at}"
         held = self.standby.state(copy.company_id).held
         return held if held is not None and taken.went_back else None
 
-    def _retained(self, lost: Iterable[FileEntry]) -> int:
-        """How many of these no cleanup may delete: all but those past both their expiry and the retention."""
+    def _retained(self, lost: Iterable[FileEntry]) -> Counter[str]:
+        """Of these, by type, those that no cleanup may delete: all but what is past its expiry and the retention."""
         at = self.live.at
         oldest = f"{datetime.fromisoformat(at).astimezone(UTC) - self.wish.retention:%Y-%m-%d %H:%M:%S.%f}+00"
-        return sum(
-            not (
+        return Counter(
+            entry.key_type
+            for entry in lost
+            if not (
                 entry.key_type in KNOWN
                 and KNOWN[entry.key_type].expiry is ExpiryPolicy.PAST_RETENTION
                 and entry.expires_at is not None
@@ -485,7 +493,6 @@ class _Sync:
                 and entry.updated_at is not None
                 and entry.updated_at < oldest
             )
-            for entry in lost
         )
 
     # Publishing.
