@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from opsctl.cli.frame import Companies, DryRun, Group, Invocation, command
-from opsctl.cli.sessions import _database, _owner
+from opsctl.cli.sessions import _owner
 from opsctl.errors import SettingsError
 from opsctl.report import Report
 
@@ -58,7 +58,7 @@ def sync(
         accept=tuple(accept or ()),
         full=full,
     )
-    open_live = partial(live_sessions, _database(run), _sessions_dir(run), now=now)
+    open_live = partial(live_sessions, run.database(), _sessions_dir(run), now=now)
     if dry_run:
         return preview_sync(open_live, _standby(run), wish, journal=run.journal, now=now)
     return sync_standby(open_live, _standby(run), wish, journal=run.journal, now=now)

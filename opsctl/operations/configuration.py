@@ -6,6 +6,7 @@ import os
 import pwd
 import shutil
 import stat
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -87,6 +88,7 @@ def check(settings: Settings) -> Report:
         _sessions_folder(settings, owner),
         _space(settings),
         _state_folder(settings),
+        _standby_folder(settings),
         _database(settings),
         _error_tracking(settings),
         _cron(owner),
@@ -215,6 +217,35 @@ def _state_folder(settings: Settings) -> Finding:
         seen = f"{problem}; there will be no history, and alerts repeat"
         return Finding("state folder", Outcome.WARNING, seen, "set OPSCTL_STATE_DIR")
     return Finding("state folder", Outcome.OK, str(folder))
+
+
+def _standby_folder(settings: Settings) -> Finding:
+    """Whether the warm copies can be written, and published by a rename, which needs one filesystem."""
+    try:
+        path = settings.standby_dir
+        there = next(folder for folder in (path, *path.parents) if folder.exists())
+        status = there.stat()
+        writable = there.is_dir() and os.access(there, os.W_OK | os.X_OK, effective_ids=True)
+    except (SettingsError, OSError):
+        return Finding("standby folder", Outcome.WARNING, "not known where it would be", "set STANDBY_DIR")
+    me = Owner.current()
+    if not writable or os.statvfs(there).f_flag & os.ST_RDONLY:
+        return Finding("standby folder", Outcome.WARNING, f"{me.name} cannot write in {there}", "set STANDBY_DIR")
+    if there == path and (status.st_uid != me.uid or status.st_mode & 0o077):
+        seen = f"{path} holds keys and is not for {me.name} alone"
+        return Finding("standby folder", Outcome.FAILED, seen, f"chown {me.name} {path}; chmod 700 {path}")
+    device = _device_of_sessions(settings)
+    if device is not None and device != status.st_dev:
+        seen = f"{path} is on another filesystem than the sessions: a restore from it has to copy every file"
+        return Finding("standby folder", Outcome.WARNING, seen, "set STANDBY_DIR to a folder beside the sessions")
+    return Finding("standby folder", Outcome.OK, f"{path}" if there == path else f"{path}, not there yet")
+
+
+def _device_of_sessions(settings: Settings) -> int | None:
+    with suppress(SettingsError, OSError):
+        path = settings.sessions_dir
+        return next(folder for folder in (path, *path.parents) if folder.exists()).stat().st_dev
+    return None
 
 
 def _database(settings: Settings) -> Finding:

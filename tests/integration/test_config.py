@@ -275,6 +275,41 @@ def test_a_state_folder_that_cannot_be_written_is_a_warning(installation: Instal
     assert "there will be no history" in seen
 
 
+def test_a_standby_folder_that_cannot_be_written_is_a_warning(installation: Installation) -> None:
+    standby = installation.folder / "standby"
+    installation.env["STANDBY_DIR"] = str(standby)
+    assert installation.finding("standby folder")[:2] == ("ok", f"{standby}, not there yet")
+    standby.write_text("")
+    verdict, seen, action = installation.finding("standby folder")
+    assert (verdict, action) == ("warning", "set STANDBY_DIR")
+    assert "cannot write in" in seen
+
+
+def test_a_standby_folder_that_others_may_look_into_fails(installation: Installation) -> None:
+    standby = installation.folder / "standby"
+    standby.mkdir(mode=0o700)
+    installation.env["STANDBY_DIR"] = str(standby)
+    assert installation.finding("standby folder")[:2] == ("ok", str(standby))
+    standby.chmod(0o750)
+    verdict, seen, action = installation.finding("standby folder")
+    assert verdict == "failed"
+    assert "alone" in seen
+    assert action is not None
+    assert f"chmod 700 {standby}" in action
+
+
+@pytest.mark.skipif(
+    not Path("/dev/shm").is_dir() or Path("/dev/shm").stat().st_dev == Path(tempfile.gettempdir()).stat().st_dev,
+    reason=needs.NOT_PROVEN + "a standby folder on another filesystem",
+)
+def test_a_standby_folder_from_which_nothing_can_be_renamed_is_a_warning(installation: Installation) -> None:
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as other:
+        installation.env["STANDBY_DIR"] = other
+        verdict, seen, _ = installation.finding("standby folder")
+    assert verdict == "warning"
+    assert "on another filesystem than the sessions" in seen
+
+
 def test_a_database_address_that_is_none_fails_without_a_word_of_it(installation: Installation) -> None:
     installation.env["DATABASE_URL"] = f"postgresql://user:{SECRET}%zz@db/whatsapp"
     assert installation.finding("database address")[:2] == ("failed", "DATABASE_URL is not a connection string")

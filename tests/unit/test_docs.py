@@ -42,7 +42,7 @@ def test_a_flag_that_does_not_exist_would_be_found(run_opsctl: RunOpsctl) -> Non
 
 def test_every_command_is_named_by_a_page(run_opsctl: RunOpsctl) -> None:
     text = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
-    for group in ("sessions", "keys", "cache", "db", "drill", "config"):
+    for group in ("sessions", "keys", "cache", "db", "drill", "config", "standby"):
         listed = run_opsctl(group, "--help").stdout.partition("Commands:")[2]
         for name in re.findall(r"^  (\w+)", listed, re.MULTILINE):
             assert f"opsctl {group} {name}" in text
