@@ -142,6 +142,43 @@ def with_pre_key_ids_raised(creds: bytes, *, highest_pre_key_id: int | None, fre
     return orjson.dumps(value)
 
 
+def with_pre_key_ids_of(creds: bytes, other: bytes) -> bytes:
+    """The creds with counters that are no lower than those of `other`, the same account's.
+
+    Where `other` has given out ids that these have not, both counters skip them: raising one alone uploads used ids.
+
+    >>> ours = b'{"nextPreKeyId":31,"firstUnuploadedPreKeyId":31}'
+    >>> with_pre_key_ids_of(ours, b'{"nextPreKeyId":40,"firstUnuploadedPreKeyId":35}')
+    b'{"nextPreKeyId":40,"firstUnuploadedPreKeyId":40}'
+    """
+    value, theirs = _object(creds), _object(other)
+    following, unuploaded = _integer(theirs, "nextPreKeyId"), _integer(theirs, "firstUnuploadedPreKeyId")
+    own = _integer(value, "nextPreKeyId")
+    if following is not None and own is not None and following > own:
+        return with_pre_key_ids_at_least(creds, following)
+    own_unuploaded = _integer(value, "firstUnuploadedPreKeyId")
+    if unuploaded is None or own_unuploaded is None or own is None or unuploaded <= own_unuploaded:
+        return creds
+    return orjson.dumps(value | {"firstUnuploadedPreKeyId": min(unuploaded, own)})
+
+
+def with_pre_key_ids_at_least(creds: bytes, number: int) -> bytes:
+    """The creds with both counters at `number` or above, never at or above the limit and never lowered."""
+    value = _object(creds)
+    following, unuploaded = _integer(value, "nextPreKeyId"), _integer(value, "firstUnuploadedPreKeyId")
+    number = min(number, KEY_ID_LIMIT - 1)
+    if following is None or unuploaded is None or (following >= number and unuploaded >= number):
+        return creds
+    return orjson.dumps(
+        value | {"nextPreKeyId": max(following, number), "firstUnuploadedPreKeyId": max(unuploaded, number)}
+    )
+
+
+def pre_key_number(key_id: str) -> int | None:
+    """The number of a pre-key, None for an id that is none."""
+    return int(key_id) if _PRE_KEY_ID.fullmatch(key_id) else None
+
+
 SUMMARISED: Final = frozenset({"pre-key", "lid-mapping", "sender-key", "sender-key-memory", "app-state-sync-key"})
 """The key types that a `KeySummary` takes note of."""
 
@@ -191,8 +228,9 @@ class KeySummary:
             self._app_state_keys.add(key_id)
 
     def _add_pre_key(self, key_id: str) -> None:
-        if _PRE_KEY_ID.fullmatch(key_id):
-            self.highest_pre_key_id = max(int(key_id), self.highest_pre_key_id or 0)
+        number = pre_key_number(key_id)
+        if number is not None:
+            self.highest_pre_key_id = max(number, self.highest_pre_key_id or 0)
 
     def _add_lid(self, key_id: str, other: str) -> None:
         if key_id.endswith(_REVERSE):
@@ -262,6 +300,15 @@ def _unusable(code: str, message: str) -> Finding:
 
 def _warning(code: str, message: str) -> Finding:
     return Finding(Severity.WARNING, code, message)
+
+
+def _object(creds: bytes) -> dict[str, object]:
+    """Credentials as an object, an empty one where they are none."""
+    try:
+        value = orjson.loads(creds)
+    except orjson.JSONDecodeError:
+        return {}
+    return value if isinstance(value, dict) else {}
 
 
 def _at(value: object, *path: str) -> object:

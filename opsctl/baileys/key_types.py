@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from enum import StrEnum
 from functools import lru_cache
 from typing import Final, Literal
@@ -75,6 +76,14 @@ PRE_KEYS_KEPT: Final = 1_600
 
 DROPPED_WHEN_STALE: Final = frozenset(name for name, key_type in KNOWN.items() if key_type.dropped_when_stale)
 """What a possibly stale copy is better without; besides these, our own sender-keys (`is_own_sender_key`)."""
+
+_SHORT_LIVED: Final = frozenset({"lid-mapping", "pre-key", "session", "sender-key"})
+
+
+def lifetime(key_type: str) -> timedelta:
+    """For how long after its last write the service lets a row live."""
+    return timedelta(days=7 if key_type in _SHORT_LIVED else 14)
+
 
 _JID: Final = re.compile(r"(?P<user>[^:_@]+)(?:_[0-9]+)?(?::(?P<device>[0-9]+))?@(?P<server>.+)")
 _DOMAINS: Final = {"lid": "_1", "hosted": "_128", "hosted.lid": "_129"}  # WAJIDDomains of Baileys 7

@@ -18,6 +18,7 @@ import orjson
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from opsctl.baileys.buffers import StoredForm
+from opsctl.baileys.key_types import lifetime
 from opsctl.baileys.xeddsa import sign
 from opsctl.queries import query
 
@@ -54,10 +55,6 @@ USUAL_FORMS = (
     StoredForm.BASE64,
     StoredForm.UINT8ARRAY,
 )
-
-# When the service lets a row expire, counted from its last write.
-SHORT_LIFE, LONG_LIFE = timedelta(days=7), timedelta(days=14)
-SHORT_LIVED = frozenset({"lid-mapping", "pre-key", "session", "sender-key"})
 
 # Every message changes these, so some of them changed within the last minutes.
 BUSY = frozenset({"session", "sender-key"})
@@ -217,7 +214,7 @@ class _Company:
             self._app_state,
         ):
             for key_type, key_id, value, updated_at in make():
-                expires_at = updated_at + (SHORT_LIFE if key_type in SHORT_LIVED else LONG_LIFE)
+                expires_at = updated_at + lifetime(key_type)
                 created_at = self._paired_at + (updated_at - self._paired_at) * self._random.random()
                 times = (created_at, updated_at, expires_at)
                 yield _line(self.company_id, key_type, key_id, _json(value), *map(_time, times))

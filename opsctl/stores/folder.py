@@ -19,7 +19,7 @@ from opsctl.baileys.filenames import MANIFEST_FILE, is_ignored
 from opsctl.stores.records import FileEntry, ManifestDamaged, Origin, read_digests, read_manifest
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
     from pathlib import Path
 
 OPSCTL_FOLDER = ".opsctl"
@@ -102,12 +102,30 @@ def _manifest_lines(folder_fd: int) -> Iterator[Iterator[bytes]]:
         yield iter(lambda: file.readline(_LONGEST_LINE), b"")
 
 
+def folder_digest(digests: Mapping[str, bytes]) -> str:
+    """One digest of all files, from those of each by name."""
+    whole = sha256()
+    for name in sorted(digests):
+        whole.update(b"%b\0%b\n" % (os.fsencode(name), digests[name]))
+    return whole.hexdigest()
+
+
+def is_returned(origin: Origin, digests: Mapping[str, bytes]) -> bool:
+    """Whether nothing was written on a folder since it was brought back into the database."""
+    return origin.returned is not None and origin.returned.digest == folder_digest(digests)
+
+
+def unreadable(error: OSError) -> bytes:
+    """What stands for the digest of a file that cannot be read."""
+    return f"unreadable: {error.strerror}".encode()
+
+
 class Holding(StrEnum):
     """What stands where a company's folder goes."""
 
     NOTHING = "nothing"
     OURS = "ours"
-    """As its manifest says, to the byte."""
+    """As its manifest says, to the byte, or as it was when it was brought back into the database."""
     LIVE = "live"
     """Ours, and written since: it may hold the only copy of a ratchet."""
     FOREIGN = "foreign"
@@ -149,7 +167,8 @@ def contents(folder_fd: int, *, company_id: str | None, environment: str) -> Con
             added = found.keys() - {name for name, _ in digests_of(folder_fd)}
     except (ManifestDamaged, OSError):
         return Contents(Holding.FOREIGN, None, found)
-    holding = Holding.LIVE if changed or missing or added else Holding.OURS
+    live = bool(changed or missing or added) and not is_returned(origin, found)
+    holding = Holding.LIVE if live else Holding.OURS
     return Contents(holding, origin, found, tuple(sorted(changed)), tuple(sorted(missing)), tuple(sorted(added)))
 
 
@@ -157,4 +176,4 @@ def _digest(folder_fd: int, name: str) -> bytes:
     try:
         return sha256(read_file(folder_fd, name)).digest()
     except OSError as error:
-        return f"unreadable: {error.strerror}".encode()
+        return unreadable(error)

@@ -127,6 +127,13 @@ class Progress:
     database_oid: int
 
 
+@dataclass(frozen=True, slots=True)
+class Fingerprint:
+    """By what one sees whether any row of a company was written."""
+
+    fingerprint: str
+
+
 class Snapshot:
     """All companies at one instant. Made by `snapshot`."""
 
@@ -226,6 +233,11 @@ class Snapshot:
             found = db.rows(self._connection, query("list_creds"), CompanyCreds)
         return {row.company_id: row.creds.encode() for row in found}
 
+    def fingerprint(self, company_id: str) -> str:
+        """By what a later look sees whether any row of the company was written."""
+        with _translating():
+            return fingerprint_of(self._connection, company_id)
+
     def key_rows(self, company_id: str) -> Iterator[bytes]:
         """The company's keys, in no order: lines of COPY's text format, many at a time (`parse_rows` reads them)."""
         with _translating():
@@ -238,6 +250,12 @@ class Snapshot:
         """
         with _translating():
             yield from db.copied(self._connection, query("copy_changed_keys"), company_id=company_id, since=since)
+
+
+def fingerprint_of(connection: db.Connection, company_id: str) -> str:
+    """As `Snapshot.fingerprint`, in another transaction."""
+    (found,) = db.rows(connection, query("fingerprint_company"), Fingerprint, company_id=company_id)
+    return found.fingerprint
 
 
 @contextmanager

@@ -47,6 +47,16 @@ class FileEntry(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
+class Returned:
+    """When a folder was brought back into the database. `at` is PostgreSQL's text in UTC."""
+
+    run_id: str
+    at: str
+    digest: str
+    """Of what it held then: with the same contents it is not live, though it is not as it was published either."""
+
+
+@dataclass(frozen=True, slots=True)
 class Origin:
     """Where and when a company's records were read. All that failback has to know besides the files."""
 
@@ -62,6 +72,7 @@ class Origin:
     """`operator` (their word), `proven`, or `unknown`: only the first two make a copy fresh."""
     stale_keys_dropped: bool
     opsctl: str
+    returned: Returned | None = None
 
 
 _SHA256 = re.compile("[0-9a-f]{64}")
@@ -117,7 +128,8 @@ def read_manifest(data: Iterable[bytes]) -> tuple[Origin, Iterator[tuple[str, Fi
         head = orjson.loads(next(lines) + b"}}")
         if head.pop("schema") != MANIFEST_SCHEMA or head.pop("files") != {}:
             raise ManifestDamaged("not a manifest of this version")
-        origin = Origin(**head)
+        returned = head.pop("returned", None)
+        origin = Origin(**head, returned=Returned(**returned) if returned else None)
     except (StopIteration, orjson.JSONDecodeError, KeyError, TypeError, AttributeError):
         raise ManifestDamaged("its head cannot be read") from None
     return origin, _files(lines)

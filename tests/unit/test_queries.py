@@ -22,11 +22,13 @@ FILES = sorted((PACKAGE / "queries").glob("*.sql"))
 NAMES = [path.stem for path in FILES]
 EXECUTED = {"schema": "it makes the tables", "seed_auth": "COPY FROM", "seed_keys": "COPY FROM"}
 """What EXPLAIN does not take; the tests execute it."""
-
 VALUES: dict[str, object] = {
     "by_age_alone": False,
     "companies": ["x"],
+    "created_at": ["2026-01-31"],
+    "creds": "{}",
     "cutoff": "2026-01-31",
+    "expires_at": ["2026-01-31"],
     "first": "(0,0)",
     "kept": 1,
     "key_ids": ["x"],
@@ -46,6 +48,8 @@ VALUES: dict[str, object] = {
     "since": 1,
     "stays": [False],
     "types": ["x"],
+    "updated_at": ["2026-01-31"],
+    "values": ["{}"],
 }
 """What a statement's parameters are read as, where it is no text."""
 
