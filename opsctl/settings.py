@@ -208,6 +208,13 @@ VARIABLES: tuple[Variable, ...] = (
     Variable("OPSCTL_ENVIRONMENT", _text, None, "Name of this installation. Else SENTRY_ENVIRONMENT.", "production"),
     Variable("RTO_TARGET_SECONDS", _whole(1, 86400), 600, "Recovery time objective, in seconds."),
     Variable("DB_CLEANUP_RETENTION_DAYS", _whole(7, 3650), 30, "Days to keep session keys before cleanup."),
+    Variable(
+        "STORED_FORM",
+        _one_of("json-stringify", "base64"),
+        None,
+        "How the service stores bytes: json-stringify or base64. Else as each company's rows have them.",
+        "json-stringify",
+    ),
     Variable("ARCHIVE_KEEP_DAYS", _whole(1, 3650), 90, "Days to keep the rows that were deleted or changed."),
     Variable("DB_QUERY_LATENCY_THRESHOLD_MS", _whole(1, 600000), 500, "Alert threshold for slow queries, in ms."),
     Variable("DB_POOL_USAGE_THRESHOLD", _share, 0.8, "Alert when more of the connections are in use."),

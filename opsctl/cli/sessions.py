@@ -2,6 +2,7 @@
 
 from contextlib import suppress
 from dataclasses import replace as replace_fields
+from datetime import timedelta
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -15,14 +16,42 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from contextlib import AbstractContextManager
 
+    from opsctl.db import Connection
     from opsctl.operations.sources import Found
     from opsctl.stores.publishing import Owner
+    from opsctl.stores.rewriting import Archiving
 
 app = typer.Typer(cls=Group, help="Baileys session folders: restore, verify, list, undo.")
 
 To = Annotated[
     Path | None, typer.Option("--to", metavar="DIR", help="The sessions folder. Else SESSIONS_DIR, else APP_DIR/...")
 ]
+
+
+From = Annotated[
+    Path | None, typer.Option("--from", metavar="DIR", help="The sessions folder. Else SESSIONS_DIR, else APP_DIR/...")
+]
+ServiceStopped = Annotated[
+    bool, typer.Option("--service-stopped", help="My word: the service is stopped. Needed without SERVICE_MANAGER.")
+]
+AcceptLiveService = Annotated[
+    bool, typer.Option("--accept-live-service", help="Go on although the service is not proven stopped.")
+]
+
+
+class Prefer(StrEnum):
+    """Whose value counts."""
+
+    FILES = "files"
+    DATABASE = "database"
+
+
+class RepairFrom(StrEnum):
+    """Which copy rows are put back from."""
+
+    STANDBY = "standby"
+    ARCHIVE = "archive"
+    FOLDER = "folder"
 
 
 class RestoreSource(StrEnum):
@@ -111,6 +140,133 @@ def restore(
     if replace or discard_changes:
         run.confirm(f"Set aside what stands in {target} and restore over it?")
     return restore_sessions(find, wish, journal=run.journal, remaining=run.deadline.remaining)
+
+
+@command(
+    app,
+    "failback",
+    examples=(
+        "opsctl sessions failback --dry-run                 what would change, and why",
+        "opsctl sessions failback --service-stopped --yes   everything back into PostgreSQL",
+        "opsctl sessions failback --undo 20260131T030405Z-0a1b2c --service-stopped --yes",
+    ),
+)
+def failback(
+    ctx: typer.Context,
+    source: From = None,
+    company: Companies = None,
+    prefer: Annotated[
+        Prefer | None, typer.Option("--prefer", help="Whose value counts where both were written since the restore.")
+    ] = None,
+    new_identity: Annotated[
+        list[str] | None,
+        typer.Option("--new-identity", metavar="ID", help="This company was paired anew; may be given again."),
+    ] = None,
+    adopt: Annotated[
+        bool, typer.Option("--adopt", help="Also folders without a manifest of opsctl's; deletes nothing.")
+    ] = False,
+    undo: Annotated[
+        str | None, typer.Option("--undo", metavar="RUN", help="Put the rows back that this failback changed.")
+    ] = None,
+    service_stopped: ServiceStopped = False,
+    accept_live_service: AcceptLiveService = False,
+    dry_run: DryRun = False,
+    yes: Yes = False,
+) -> Report:
+    """Bring the folders back into PostgreSQL, and prove it.
+
+    Holds each file against its row and against what was published. Planned for every company before any row is
+    written; each company is one transaction, archived first and read back before it commits.
+    """
+    from opsctl.baileys.buffers import StoredForm
+    from opsctl.operations import failback as failing_back
+    from opsctl.operations.failback_undo import UndoWish, preview_undo, undo_failback
+    from opsctl.operations.single_owner import require_stopped
+    from opsctl.operations.three_way import Prefer as Preferred
+
+    run: Invocation = ctx.obj
+    folders = source.absolute() if source else run.settings.sessions_dir
+    database, connection = run.database(), _connection(run)
+    wish = failing_back.FailbackWish(
+        source=folders,
+        environment=run.settings.environment,
+        companies=tuple(company or ()),
+        prefer=Preferred(prefer) if prefer else None,
+        new_identities=frozenset(new_identity or ()),
+        adopt=adopt,
+        form=StoredForm(stored) if (stored := run.settings["STORED_FORM"]) else None,
+        archiving=_archiving(run),
+    )
+    undo_wish = UndoWish(undo or "", folders, wish.companies, wish.environment, run.settings.state_dir)
+    if dry_run:
+        if undo:
+            return preview_undo(connection, undo_wish, journal=run.journal)
+        return failing_back.preview_failback(database, wish, journal=run.journal)
+    require_stopped(run.settings, connection, operators_word=service_stopped, accept_live=accept_live_service)
+    if undo:
+        run.confirm(f"Put the rows back that failback {undo} changed?")
+        return undo_failback(connection, undo_wish, journal=run.journal)
+    with failing_back.planned_failback(database, wish, journal=run.journal) as plan:
+        if plan.writes:
+            run.confirm(plan.question)
+        return plan.write(connection, journal=run.journal, remaining=run.deadline.remaining)
+
+
+@command(
+    app,
+    "repair",
+    examples=(
+        "opsctl sessions repair --company 962302 --from standby --dry-run",
+        "opsctl sessions repair --company 962302 --from archive --missing-only --service-stopped --yes",
+    ),
+)
+def repair(
+    ctx: typer.Context,
+    company: Annotated[list[str], typer.Option("--company", metavar="ID", help="Which company; may be given again.")],
+    source: Annotated[RepairFrom, typer.Option("--from", help="Which copy the rows come from.")],
+    folders: Annotated[
+        Path | None,
+        typer.Option("--dir", metavar="DIR", help="The folder for --from folder. Else SESSIONS_DIR."),
+    ] = None,
+    missing_only: Annotated[
+        bool, typer.Option("--missing-only", help="Leave damaged rows alone; only put missing ones back.")
+    ] = False,
+    service_stopped: ServiceStopped = False,
+    accept_live_service: AcceptLiveService = False,
+    dry_run: DryRun = False,
+    yes: Yes = False,
+) -> Report:
+    """Put missing or damaged rows back into a healthy PostgreSQL.
+
+    A healthy row is never replaced. Sessions and own sender-keys are left out: an old one loses messages, a missing one
+    heals.
+    """
+    from opsctl.baileys.buffers import StoredForm
+    from opsctl.operations.repair import RepairSource, RepairWish, plan_repair
+    from opsctl.operations.single_owner import require_stopped
+    from opsctl.stores.standby import Standby
+    from opsctl.stores.switch_record import refuse_while_switched
+
+    run: Invocation = ctx.obj
+    settings = run.settings
+    refuse_while_switched(settings, "sessions repair")
+    wish = RepairWish(
+        companies=tuple(company),
+        source=RepairSource(source),
+        missing_only=missing_only,
+        folders=folders.absolute() if folders else _sessions_dir(run),
+        standby=Standby(settings.standby_dir, settings.environment),
+        archiving=_archiving(run),
+        form=StoredForm(stored) if (stored := settings["STORED_FORM"]) else None,
+    )
+    if not dry_run:
+        require_stopped(settings, _connection(run), operators_word=service_stopped, accept_live=accept_live_service)
+    plan = plan_repair(run.database(), wish, journal=run.journal)
+    if dry_run:
+        return plan.preview()
+    if plan.writes:
+        run.confirm(plan.question)
+    return plan.write(_connection(run), journal=run.journal)
 
 
 @command(
@@ -248,3 +404,35 @@ def _sources(
     if wanted is RestoreSource.CACHE or (anything and (settings["CREDENTIALS_CACHE_FILE"] or settings["APP_DIR"])):
         places = replace_fields(places, cache=settings.cache_file)
     return lambda: found(places, remaining=run.deadline.remaining)
+
+
+def _sessions_dir(run: Invocation) -> Path | None:
+    from opsctl.errors import SettingsError
+
+    with suppress(SettingsError):
+        return run.settings.sessions_dir
+    return None
+
+
+def _archiving(run: Invocation) -> "Archiving":
+    """How this run archives the rows that it changes."""
+    from opsctl import db
+    from opsctl.stores.rewriting import Archiving
+
+    settings = run.settings
+    return Archiving(
+        run_id=run.run_id,
+        command=run.command,
+        environment=settings.environment,
+        database=db.place(db.address(settings)),
+        state_dir=settings.state_dir,
+        keep=timedelta(days=settings["ARCHIVE_KEEP_DAYS"]),
+    )
+
+
+def _connection(run: Invocation) -> "Callable[[], AbstractContextManager[Connection]]":
+    """Opens a connection to the database under the run's deadline, when called."""
+    from opsctl import db
+
+    address = db.address(run.settings)
+    return lambda: db.connect(address, run.deadline.remaining())

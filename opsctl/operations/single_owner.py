@@ -1,0 +1,64 @@
+"""Nobody else may own the sessions while they are moved: two owners of one ratchet lose messages."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from opsctl import services
+from opsctl.errors import DatabaseUnavailable, Refused
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from contextlib import AbstractContextManager
+
+    from opsctl.db import Connection
+    from opsctl.settings import Settings
+
+PROVEN, OPERATOR, ACCEPTED = "proven", "operator", "accepted"
+
+
+def require_stopped(
+    settings: Settings,
+    open_connection: Callable[[], AbstractContextManager[Connection]],
+    *,
+    operators_word: bool,
+    accept_live: bool,
+) -> str:
+    """How it is known that no service owns the sessions. Raises `Refused` where it is not.
+
+    With a service manager it is proven: every service is stopped, and if the database answers, nobody changes its
+    tables for three seconds. Without one the operator's word is all there is.
+    """
+    if accept_live:
+        return ACCEPTED
+    manager = services.manager(settings)
+    if manager is None:
+        if operators_word:
+            return OPERATOR
+        raise Refused(
+            "SERVICE_MANAGER is none, so nobody here can tell whether the service is stopped",
+            kind="live-service",
+            hint="stop it, and add --service-stopped: your word for it",
+        )
+    proof = services.proven_stopped(manager)
+    if not proof.stopped:
+        raise Refused(
+            f"the service is not proven stopped: {proof.reason}",
+            kind="live-service",
+            hint="stop it, then type this again",
+        )
+    if not _nobody_writes(open_connection):
+        raise Refused(
+            "the services are stopped, but somebody goes on changing the tables of sessions",
+            kind="live-service",
+            hint="look for it in pg_stat_activity, stop it, then type this again",
+        )
+    return PROVEN
+
+
+def _nobody_writes(open_connection: Callable[[], AbstractContextManager[Connection]]) -> bool:
+    try:
+        with open_connection() as connection:
+            return services.stands_still(connection)
+    except DatabaseUnavailable:  # which the next step will say
+        return True
