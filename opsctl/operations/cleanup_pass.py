@@ -91,7 +91,7 @@ class Pass:
         self._advance = advance
         self._started = time.monotonic()
         self._blocks = Batch(256, fewest=8, most=2_048)
-        self._rows = Batch(250, fewest=50, most=20_000)
+        self._rows = Batch(500, fewest=100, most=20_000)
         self.progress = progress
 
     def run(self, blocks: int) -> None:
@@ -108,8 +108,11 @@ class Pass:
 
     def _found(self, first: int, end: int) -> list[Places]:
         self._check()
-        with held_back(), self._timed(self._blocks, end - first):
-            return keys.find_expired(self._connection, self._expiry, first_block=first, end_block=end)
+        began = time.monotonic()
+        with held_back(), self._counted():
+            found = keys.find_expired(self._connection, self._expiry, first_block=first, end_block=end)
+        self._blocks.adapt(end - first, time.monotonic() - began)
+        return found
 
     def _delete(self, places: Places) -> None:
         start = 0
@@ -144,7 +147,7 @@ class Pass:
         """One transaction; tried again where it lost a deadlock or a table was locked for a moment."""
         for attempt in range(1, _ATTEMPTS + 1):
             try:
-                with self._timed(self._rows, len(batch)), self._archive.transaction(self._connection) as keep:
+                with self._counted(), self._archive.transaction(self._connection) as keep, self._adapting(batch):
                     return keys.delete_expired(self._connection, self._expiry, batch, keep)
             except (psycopg.errors.DeadlockDetected, psycopg.errors.LockNotAvailable):
                 if attempt == _ATTEMPTS:
@@ -152,13 +155,19 @@ class Pass:
         raise AssertionError
 
     @contextmanager
-    def _timed(self, batch: Batch, done: int) -> Iterator[None]:
+    def _counted(self) -> Iterator[None]:
+        """Around a transaction, its commit too."""
         began = time.monotonic()
         yield
-        seconds = time.monotonic() - began
         self.progress.transactions += 1
-        self.progress.longest_s = max(self.progress.longest_s, seconds)
-        batch.adapt(done, seconds)
+        self.progress.longest_s = max(self.progress.longest_s, time.monotonic() - began)
+
+    @contextmanager
+    def _adapting(self, batch: Places) -> Iterator[None]:
+        """Around what grows with the batch; waiting for a disk does not, and fewer rows would wait as long."""
+        began = time.monotonic()
+        yield
+        self._rows.adapt(len(batch), time.monotonic() - began)
 
     def _allowed(self) -> int:
         """Rows of the next transaction."""
