@@ -31,6 +31,7 @@ from opsctl.stores.folder import OPSCTL_FOLDER
 from opsctl.stores.switch_record import SwitchRecord, write_switch
 from tests.conftest import Database, each_postgres
 from tests.integration.fleet import FIRST, SECOND, Fleet
+from tests.integration.test_sentry import recording
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -367,6 +368,21 @@ def test_while_the_service_runs_on_folders_nothing_is_deleted(fleet: Fleet) -> N
     assert "a" in keys_of_type(fleet)
 
 
+def test_more_than_a_thousand_deletions_are_told_to_sentry_as_a_warning(fleet: Fleet) -> None:
+    fleet.database.execute("DELETE FROM whatsapp_keys")
+    with recording() as sentry:
+        for rows, told in ((1_000, 0), (1_001, 1)):
+            fleet.database.execute(OLD_SESSIONS, [rows])
+            done = fleet.opsctl("keys", "cleanup", "--yes", "--json", env={"SENTRY_DSN": sentry.dsn})
+            assert (done.returncode, done.json()["facts"]["deleted"]) == (0, rows)
+            assert len(sentry.received) == told
+    event = orjson.loads(sentry.received[0].splitlines()[-1])
+    assert (event["level"], event["tags"]["command"]) == ("warning", "keys cleanup")
+    assert event["message"].startswith("1,001 of 1,001 expired keys deleted")
+    assert event["contexts"]["facts"]["deleted"] == 1_001
+    assert done.json()["sentry_event_id"] == event["event_id"]
+
+
 # --- ended in the middle ----------------------------------------------------------------------------------------------
 
 
@@ -500,7 +516,7 @@ def test_it_stops_at_its_time_and_rests_in_proportion_to_its_work(fleet: Fleet) 
 def test_a_batch_adapts_to_what_it_takes() -> None:
     batch = Batch(100, fewest=50, most=1_000)
     sizes = []
-    for done, seconds in [(100, 0.001), (200, 0.04), (10, 0.001), (200, 0.08), (100, 9.0), (50, 0.0001)]:
+    for done, seconds in [(100, 0.001), (200, 0.025), (10, 0.001), (200, 0.05), (100, 9.0), (50, 0.0001)]:
         batch.adapt(done, seconds)
         sizes.append(batch.size)
     assert sizes == [200, 200, 200, 100, 50, 100]

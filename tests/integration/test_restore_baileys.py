@@ -195,6 +195,17 @@ def test_a_fresh_copy_of_each_stored_form_loads_and_continues_every_conversation
     assert all(company.outcomes() == {"continued"} for company in report.companies)
 
 
+def test_after_a_cleanup_of_keys_every_conversation_goes_on_with_what_is_left(service: Service, fleet: Fleet) -> None:
+    service.insert(fleet.rows)  # long ago, a third of them with an expiry
+    cleaned = service.opsctl("keys", "cleanup", "--yes")
+    assert {row["key_type"] for row in cleaned["rows"]} >= {"session"}
+    assert cleaned["facts"]["deleted"] > 0
+    service.restore("--service-stopped")
+    report = converse(service.folder, fleet, may_heal=True)
+    assert report.ok, report
+    assert {outcome for company in report.companies for outcome in company.outcomes()} == {"continued", "healed"}
+
+
 def test_a_fresh_copy_equals_to_the_byte_what_baileys_would_have_written(service: Service, fleet: Fleet) -> None:
     service.insert(fleet.rows)
     service.restore("--service-stopped")
