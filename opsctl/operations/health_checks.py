@@ -483,8 +483,9 @@ def _last_vacuum(table: _TableActivity, limits: Limits) -> HealthRow:
     check, days = f"vacuum of {_short(table.name)}", round(table.vacuum_age_s / 86400, 2)
     ago = duration(table.vacuum_age_s)
     seen = f"{ago} ago" if table.was_vacuumed else f"none since the server started, {ago} ago"
-    if table.written <= FEW_ROWS:
-        return HealthRow(check, Group.STORAGE, State.OK, f"{seen}; little was written", days, "d")
+    if table.written <= FEW_ROWS:  # nothing to do for one
+        seen = f"{ago} ago" if table.was_vacuumed else "none, and little was written"
+        return HealthRow(check, Group.STORAGE, State.OK, seen, days, "d")
     action = f"VACUUM (ANALYZE) {table.name}; is autovacuum on?"
     return judged(check, Group.STORAGE, days, limits, "d", seen=seen, action=action)
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from docs import screenshots
 from opsctl import errors
 from opsctl.settings import env_example
 
@@ -62,6 +63,15 @@ def test_the_quick_start_has_exactly_two_lines() -> None:
 
 def test_the_example_settings_are_the_settings() -> None:
     assert (ROOT / ".env.example").read_text(encoding="utf-8") == env_example()
+
+
+def test_the_pictures_of_the_readme_are_those_that_the_command_makes() -> None:
+    shown = re.findall(r"\]\((docs/screenshots/\w+\.svg)\)", (ROOT / "README.md").read_text(encoding="utf-8"))
+    assert sorted(shown) == sorted(f"docs/screenshots/{name}.svg" for name in screenshots.SHOTS)
+    for name, words in screenshots.SHOTS.items():
+        svg = (screenshots.FOLDER / f"{name}.svg").read_text(encoding="utf-8")
+        assert f"opsctl&#160;{'&#160;'.join(words)}" in svg
+        assert "url(" not in re.sub(r"url\(#[\w-]+\)", "", svg)  # nothing is fetched
 
 
 def test_a_failure_names_a_runbook_that_exists() -> None:
