@@ -21,6 +21,7 @@ from opsctl.stores.records import Record
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from typing import LiteralString
 
 T = TypeVar("T")
 
@@ -151,10 +152,10 @@ class Snapshot:
     def tenants(self) -> list[Tenant]:
         """Every company that has credentials or keys, by id; without the keys where their table is damaged."""
         with _translating():
-            written = {row.company_id: row.updated_at for row in self._rows("list_credentials", CredsDate)}
+            written = {row.company_id: row.updated_at for row in self._rows(query("list_credentials"), CredsDate)}
         try:
             with self.company(), _translating(), self._connection.counting():
-                counts = self._rows("count_keys", KeyCount)
+                counts = self._rows(query("count_keys"), KeyCount)
         except DatabaseUnavailable as error:
             if error.kind != "corrupt":
                 raise
@@ -171,8 +172,8 @@ class Snapshot:
             Tenant(company, company in written, by_company[company], newest[company]) for company in sorted(by_company)
         ]
 
-    def _rows(self, name: str, into: Callable[..., T]) -> list[T]:
-        return db.rows(self._connection, query(name), into)
+    def _rows(self, statement: LiteralString, into: Callable[..., T]) -> list[T]:
+        return db.rows(self._connection, statement, into)
 
     def accounts(self) -> list[Account]:
         """The account of every company that has credentials; none where their table cannot be read whole."""

@@ -19,6 +19,7 @@ SECRET = "hunter2-s3cr3t"
 
 DEFAULTS = {
     "DATABASE_URL": None,
+    "OPSCTL_REPLICA_URL": None,
     "POSTGRES_HOST": None,
     "POSTGRES_PORT": 5432,
     "POSTGRES_DATABASE": None,
@@ -277,11 +278,12 @@ def test_the_environment_is_named_or_sentrys(tmp_path: Path) -> None:
 
 def test_no_secret_is_shown_or_represented(tmp_path: Path) -> None:
     secret = {v.name for v in VARIABLES if v.secret}
-    assert secret == {"DATABASE_URL", "POSTGRES_PASSWORD", "SENTRY_DSN"}
+    assert secret == {"DATABASE_URL", "OPSCTL_REPLICA_URL", "POSTGRES_PASSWORD", "SENTRY_DSN"}
     settings = settings_of(
         tmp_path,
         f"DATABASE_URL=postgresql://user:{SECRET}@db/whatsapp\nSENTRY_DSN=https://{SECRET}@sentry.example.com/1",
         POSTGRES_PASSWORD=SECRET,
+        OPSCTL_REPLICA_URL=f"postgresql://user:{SECRET}@replica/whatsapp",
     )
     assert {settings.all[name].shown() for name in secret} == {"********"}
     assert SECRET not in repr(settings)
