@@ -28,7 +28,7 @@ from opsctl.process import bare_environment, opsctl_words
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
-FOLDER = Path(__file__).with_suffix("")
+FOLDER = Path(__file__).with_name("pictures")
 COLUMNS = 80
 FORGOTTEN_S = 2.5
 SHOTS: dict[str, Sequence[str]] = {

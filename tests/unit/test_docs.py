@@ -66,8 +66,8 @@ def test_the_example_settings_are_the_settings() -> None:
 
 
 def test_the_pictures_of_the_readme_are_those_that_the_command_makes() -> None:
-    shown = re.findall(r"\]\((docs/screenshots/\w+\.svg)\)", (ROOT / "README.md").read_text(encoding="utf-8"))
-    assert sorted(shown) == sorted(f"docs/screenshots/{name}.svg" for name in screenshots.SHOTS)
+    shown = re.findall(r"\]\((docs/pictures/\w+\.svg)\)", (ROOT / "README.md").read_text(encoding="utf-8"))
+    assert sorted(shown) == sorted(f"docs/pictures/{name}.svg" for name in screenshots.SHOTS)
     for name, words in screenshots.SHOTS.items():
         svg = (screenshots.FOLDER / f"{name}.svg").read_text(encoding="utf-8")
         assert f"opsctl&#160;{'&#160;'.join(words)}" in svg
