@@ -17,6 +17,7 @@ import psycopg
 from psycopg import conninfo, generators, pq, waiting
 from psycopg.rows import class_row
 
+from opsctl import greeting
 from opsctl.errors import DatabaseUnavailable, SettingsError
 
 if TYPE_CHECKING:
@@ -258,13 +259,13 @@ def _connect_once(parameters: Mapping[str, Any], give_up_at: float) -> Connectio
             kind="frozen",
         )
     if isinstance(results[0], psycopg.Error):
-        raise _connection_failure(results[0], parameters)
+        raise _connection_failure(results[0], parameters, give_up_at)
     if isinstance(results[0], Exception):
         raise results[0]
     return results[0]
 
 
-def _connection_failure(error: psycopg.Error, parameters: Mapping[str, Any]) -> DatabaseUnavailable:
+def _connection_failure(error: psycopg.Error, parameters: Mapping[str, Any], give_up_at: float) -> DatabaseUnavailable:
     text = str(error)
     where = f"PostgreSQL at {place(parameters)}"
     if parameters.get("sslmode") == "disable" and "no encryption" in text:  # of the server's pg_hba.conf
@@ -272,7 +273,21 @@ def _connection_failure(error: psycopg.Error, parameters: Mapping[str, Any]) -> 
     for kind, transient, pattern in _CONNECTION_FAILURES:
         if pattern.search(text):
             return DatabaseUnavailable(f"{where}: {_SENTENCES[kind]}", kind=kind, transient=transient)
+    # The server speaks another language.
+    state = greeting.sqlstate(each_host(parameters)[0], max(0.1, give_up_at - time.monotonic()))
+    if state in _KIND_OF_STATE:
+        kind = _KIND_OF_STATE[state]
+        return DatabaseUnavailable(f"{where}: {_SENTENCES[kind]}", kind=kind, transient=kind == "starting")
     return DatabaseUnavailable(f"{where} cannot be used")
+
+
+_KIND_OF_STATE = {
+    "28000": "authentication",
+    greeting.WRONG_PASSWORD: "authentication",
+    "3D000": "missing-database",
+    "53300": "too-many-clients",
+    "57P03": "starting",
+}
 
 
 def translated(error: psycopg.Error) -> DatabaseUnavailable:

@@ -249,7 +249,7 @@ def _look_at_whatsapp(view: View) -> None:
 
 def _greet(view: View, host: str, port: int) -> str | None:
     """Begin a TLS connection as the service would. Who answers is not verified: a firewall's answer is none at all."""
-    context = ssl.create_default_context()
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname = False
     context.verify_mode = ssl.CERT_NONE
     try:

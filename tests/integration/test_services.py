@@ -107,11 +107,13 @@ def test_pm2_tells_what_runs_and_stopping_it_is_proven_down_to_its_children(
 def test_a_child_that_outlives_its_service_is_not_stopped(daemon: Pm2, monkeypatch: pytest.MonkeyPatch) -> None:
     manager = configured(monkeypatch, daemon.settings, "parent")
     daemon.start("parent", "--no-treekill")
+    started = time.monotonic()
     (service,) = services.status(manager)
+    look_s = time.monotonic() - started
     child = child_of(service.pids[0])
     try:
         with pytest.raises(HalfDone, match=rf"what it had started still runs \(pid {child}\)"):
-            services.stop(manager, timeout_s=2)
+            services.stop(manager, timeout_s=5 * look_s)
     finally:
         os.kill(child, signal.SIGKILL)
 
