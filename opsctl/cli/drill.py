@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from opsctl.cli.frame import Group, Invocation, command
+from opsctl.operations.faults import Fault
 from opsctl.report import Report
 
 app = typer.Typer(cls=Group, help="A whole disaster, rehearsed on an embedded PostgreSQL.")
@@ -20,6 +21,7 @@ app = typer.Typer(cls=Group, help="A whole disaster, rehearsed on an embedded Po
     examples=(
         "opsctl drill run                              20 companies x 2,317 keys",
         "opsctl drill run --companies 3 --keys 200     a quick one",
+        "opsctl drill run --fault frozen               the server answers nobody: from the standby",
         "opsctl drill run --json",
     ),
 )
@@ -28,6 +30,9 @@ def run(
     companies: Annotated[int, typer.Option("--companies", min=1, max=1000, help="How many companies.")] = 20,
     keys: Annotated[int, typer.Option("--keys", min=40, max=100_000, help="How many keys each.")] = 2317,
     seed: Annotated[int, typer.Option("--seed", help="The same seed makes the same fleet and the same faults.")] = 1,
+    fault: Annotated[
+        Fault | None, typer.Option("--fault", help="Let the database fail in this way, and restore from what is left.")
+    ] = None,
     scratch: Annotated[
         Path | None, typer.Option("--scratch", metavar="DIR", help="Where to make and remove everything. Else TMPDIR.")
     ] = None,
@@ -39,7 +44,9 @@ def run(
     from opsctl.operations.drill import run_drill
 
     invocation: Invocation = ctx.obj
-    return run_drill(companies=companies, keys=keys, seed=seed, scratch=scratch, journal=invocation.journal)
+    return run_drill(
+        companies=companies, keys=keys, seed=seed, fault=fault, scratch=scratch, journal=invocation.journal
+    )
 
 
 @command(

@@ -22,60 +22,34 @@ from opsctl import process
 from opsctl.baileys.filenames import CREDS_FILE
 from opsctl.embedded import EmbeddedServerError, embedded_server
 from opsctl.errors import Refused
+from opsctl.operations.drill_faults import rehearse_fault
+from opsctl.operations.drill_scene import ENVIRONMENT, Check, Scene, made_scene, passed_if
 from opsctl.operations.fleet import create_schema, seed_fleet
 from opsctl.queries import query
 from opsctl.report import Column, Failure, Report
 from opsctl.stores.folder import OPSCTL_FOLDER, Holding, contents, opened
-from opsctl.stores.publishing import Owner
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from opsctl.embedded import EmbeddedServer
     from opsctl.journal import Journal
+    from opsctl.operations.faults import Fault
+    from opsctl.stores.publishing import Owner
 
 NOT_MEASURED = "detection, decision, the network, the service's start and WhatsApp's login"
-_ENVIRONMENT = "drill"
-_STEP_LIMIT_S = 600.0
-
-
-@dataclass(frozen=True, slots=True)
-class Check:
-    """One thing that the drill proves."""
-
-    check: str
-    passed: bool
-    seen: str
-
-    @property
-    def verdict(self) -> str:
-        return "ok" if self.passed else "FAILED"
 
 
 _COLUMNS = (Column("Check", "check"), Column("Verdict", "verdict"), Column("Seen", "seen"))
 
 
-@dataclass(frozen=True, slots=True)
-class _Scene:
-    """Where a drill takes place."""
-
-    sessions: Path
-    owner: Owner
-    environment: dict[str, str]
-
-    def opsctl(self, *words: str) -> process.Finished:
-        return process.run(
-            process.opsctl_words(*words, "--json"), environment=self.environment, timeout_s=_STEP_LIMIT_S
-        )
-
-    def folders(self) -> list[Path]:
-        if not self.sessions.is_dir():
-            return []
-        return sorted(p for p in self.sessions.iterdir() if p.name != OPSCTL_FOLDER)
-
-
-def run_drill(*, companies: int, keys: int, seed: int, scratch: Path | None, journal: Journal) -> Report:
+def run_drill(
+    *, companies: int, keys: int, seed: int, fault: Fault | None, scratch: Path | None, journal: Journal
+) -> Report:
     """Seed `companies` x `keys`, break, restore and verify. Everything that is made is removed.
+
+    Without a `fault` the folders are torn and a restore is killed; with one the database fails in that way, and the
+    sessions come from what is left.
 
     Raises `Refused` where no drill can be held: no embedded PostgreSQL, no space, no such scratch folder.
     """
@@ -83,7 +57,14 @@ def run_drill(*, companies: int, keys: int, seed: int, scratch: Path | None, jou
     with _translating(scratch), _scratch_folder(scratch) as folder, ExitStack() as running:
         with journal.step("start an embedded PostgreSQL"):
             server = running.enter_context(embedded_server(folder))
-        elapsed_s = _rehearse(server, folder, checks, companies=companies, keys=keys, seed=seed, journal=journal)
+        with journal.step(f"seed {companies} x {keys:,} keys"), psycopg.connect(server.conninfo()) as connection:
+            create_schema(connection)
+            seed_fleet(connection, companies=companies, keys_per_company=keys, seed=seed, key_pair_pool=256)
+        scene = made_scene(folder, server)
+        if fault is None:
+            elapsed_s = _rehearse(server, scene, checks, companies=companies, seed=seed, journal=journal)
+        else:
+            elapsed_s = rehearse_fault(fault, server, scene, checks, companies=companies, journal=journal)
     failed = [check for check in checks if not check.passed]
     failure = None
     if failed:
@@ -96,6 +77,7 @@ def run_drill(*, companies: int, keys: int, seed: int, scratch: Path | None, jou
         facts={
             "companies": companies,
             "keys_per_company": keys,
+            "fault": fault,
             "restore_s": elapsed_s,
             "not_measured": NOT_MEASURED,
             "verdict": "failed" if failed else "passed",
@@ -136,22 +118,11 @@ def _scratch_folder(parent: Path | None) -> Iterator[Path]:
 
 
 def _rehearse(
-    server: EmbeddedServer,
-    folder: Path,
-    checks: list[Check],
-    *,
-    companies: int,
-    keys: int,
-    seed: int,
-    journal: Journal,
+    server: EmbeddedServer, scene: Scene, checks: list[Check], *, companies: int, seed: int, journal: Journal
 ) -> float:
-    with journal.step(f"seed {companies} x {keys:,} keys"), psycopg.connect(server.conninfo()) as connection:
-        create_schema(connection)
-        seed_fleet(connection, companies=companies, keys_per_company=keys, seed=seed, key_pair_pool=256)
-    scene = _scene(folder, server)
     with journal.step("a copy in peacetime"):
         first = scene.opsctl("sessions", "restore", "--service-stopped")
-        checks.append(_check("a copy into an empty folder", first, f"{companies} of {companies}"))
+        checks.append(passed_if("a copy into an empty folder", first, f"{companies} of {companies}"))
     if not checks[-1].passed:
         return 0.0  # the rest would fail for this reason
     with journal.step("the service writes on; folders are torn"):
@@ -165,11 +136,11 @@ def _rehearse(
         checks.append(_killed_half_way(scene, random.Random(seed)))  # noqa: S311 - a moment, not a secret
     with journal.step("restore"):
         restored = scene.opsctl("sessions", "restore", *_OVER_EVERYTHING)
-        checks.append(_check("the restore", restored, f"{companies} of {companies}"))
+        checks.append(passed_if("the restore", restored, f"{companies} of {companies}"))
     with journal.step("verify against the database"):
         verified = scene.opsctl("sessions", "verify", "--against", "database")
         checks.append(
-            _check("every company loads, logs in and equals the database", verified, f"{companies} of {companies}")
+            passed_if("every company loads, logs in and equals the database", verified, f"{companies} of {companies}")
         )
     with journal.step("owners and modes"):
         checks.append(_owners(scene))
@@ -177,32 +148,6 @@ def _rehearse(
 
 
 _OVER_EVERYTHING = ("--service-stopped", "--replace", "--discard-changes", "--yes")
-
-
-def _scene(folder: Path, server: EmbeddedServer) -> _Scene:
-    """An application folder; as root it belongs to `nobody`, as the service's would to the service's user."""
-    app = folder / "app"
-    app.mkdir(0o755)
-    if os.geteuid() == 0:
-        nobody = Owner.named("nobody")
-        os.chown(app, nobody.uid, nobody.gid)
-    environment = process.bare_environment(
-        APP_DIR=str(app),
-        DATABASE_URL=server.conninfo(),
-        OPSCTL_STATE_DIR=str(folder / "state"),
-        OPSCTL_ENVIRONMENT=_ENVIRONMENT,
-        OPSCTL_ENV_FILE=os.devnull,
-        HOME=str(folder),
-    )
-    return _Scene(app / "baileys_sessions", Owner.of(app), environment)
-
-
-def _check(name: str, finished: process.Finished, expected: str) -> Check:
-    """Passed where opsctl ended with 0 and its summary has what was expected."""
-    document = finished.document()
-    summary = str(document.get("summary") or finished.stderr.strip()[:200] or f"exit {finished.exit_code}")
-    passed = finished.exit_code == 0 and expected in summary
-    return Check(name, passed, f"{expected} companies" if passed else summary)
 
 
 def _tear(folders: list[Path], owner: Owner) -> dict[str, str]:
@@ -265,7 +210,7 @@ def _refusal(finished: process.Finished, torn: dict[str, str], companies: int) -
 _SEEN_AS_WRITTEN = {what for what, _ in _TEARS} - {"gone"}
 
 
-def _killed_half_way(scene: _Scene, source: random.Random) -> Check:
+def _killed_half_way(scene: Scene, source: random.Random) -> Check:
     """SIGKILL a restore that has begun to write; then each folder must be the old one or the new one, whole."""
     before = {path.name: _digests(path) for path in scene.folders()}
     killed = process.start(
@@ -292,15 +237,15 @@ def _killed_half_way(scene: _Scene, source: random.Random) -> Check:
 
 def _digests(path: Path) -> dict[str, bytes] | None:
     with opened(path) as fd:
-        return contents(fd, company_id=None, environment=_ENVIRONMENT).digests
+        return contents(fd, company_id=None, environment=ENVIRONMENT).digests
 
 
 def _as_restored(path: Path) -> bool:
     with opened(path) as fd:
-        return contents(fd, company_id=None, environment=_ENVIRONMENT).holding is Holding.OURS
+        return contents(fd, company_id=None, environment=ENVIRONMENT).holding is Holding.OURS
 
 
-def _owners(scene: _Scene) -> Check:
+def _owners(scene: Scene) -> Check:
     wrong = files = 0
     for folder in scene.folders():
         for path in (folder, *folder.iterdir()):

@@ -14,12 +14,15 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from opsctl.operations.faults import Fault
 from opsctl.state import State
 from tests import needs
 from tests.integration.test_sentry import Recorder, recording
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from tests.conftest import RunOpsctl
 
 REPOSITORY = Path(__file__).parents[2]
 SMALL = ("--companies", "3", "--keys", "60")
@@ -300,3 +303,30 @@ def test_a_drill_that_is_killed_leaves_no_process(stage: Stage) -> None:
         while left := stage.processes():
             assert time.monotonic() < deadline, left
             time.sleep(0.05)
+
+
+# --- the database fails, in each of the ways --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fault", [fault for fault in Fault if fault is not Fault.DISK_FULL])
+def test_each_fault_of_the_database_is_survived_from_what_is_left(
+    fault: Fault, place: Path, run_opsctl: RunOpsctl
+) -> None:
+    done = run_opsctl(
+        "drill", "run", "--fault", fault, "--companies", "2", "--keys", "60", "--scratch", place, "--json", timeout=120
+    )
+    assert done.returncode == 0, done
+    document = done.json()
+    assert document["facts"]["fault"] == fault
+    assert {row["check"]: row["passed"] for row in document["rows"]} == {row["check"]: True for row in document["rows"]}
+    assert any(row["check"] == "the source of every company" for row in document["rows"])
+    assert not list(place.iterdir())
+
+
+@needs.namespace("mount")
+def test_a_full_disk_is_survived_too(place: Path, run_opsctl: RunOpsctl) -> None:
+    words = ("--fault", "disk-full", "--companies", "2", "--keys", "60", "--scratch", place, "--json")
+    done = run_opsctl("drill", "run", *words, timeout=120)
+    assert done.returncode == 0, done
+    assert {row["check"]: row["passed"] for row in done.json()["rows"]}["a full disk is named, and nothing is changed"]
+    assert not list(place.iterdir())

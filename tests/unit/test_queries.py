@@ -20,7 +20,13 @@ if TYPE_CHECKING:
 PACKAGE = Path(opsctl.__file__).parent
 FILES = sorted((PACKAGE / "queries").glob("*.sql"))
 NAMES = [path.stem for path in FILES]
-EXECUTED = {"schema": "it makes the tables", "seed_auth": "COPY FROM", "seed_keys": "COPY FROM"}
+EXECUTED = {
+    "schema": "it makes the tables",
+    "seed_auth": "COPY FROM",
+    "seed_keys": "COPY FROM",
+    "drill_read_only": "ALTER ROLE, executed by its drill",
+    "drill_drop_tables": "DROP TABLE, executed by its drill",
+}
 """What EXPLAIN does not take; the tests execute it."""
 VALUES: dict[str, object] = {
     "by_age_alone": False,
