@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import opsctl
 from opsctl import db
 from opsctl.baileys.filenames import CREDS_FILE, UnwritableName, folder_name
-from opsctl.errors import DatabaseUnavailable, Locked, OpsctlError, Refused
+from opsctl.errors import DatabaseUnavailable, Locked, OpsctlError, Refused, SourceUnavailable
 from opsctl.operations.restore_report import CompanyRow, Result, Telling, staged_row
 from opsctl.operations.sources import Kind, count_reasons, moment
 from opsctl.stores.folder import Holding, opened, read_file
@@ -183,6 +183,9 @@ def _begin(reading: ExitStack, find: FindSources, wish: Wish, journal: Journal) 
     plan = _Plan(wish, found, Telling(wish), {}, {}, datetime.now(UTC), [])
     telling = plan.telling
     selected = _select(choices, plan)
+    if not selected and not telling.rows:
+        said = [f"{one.name}: {one.error.message}" for one in found.lost] + count_reasons(choices.values())
+        raise SourceUnavailable(f"no source can be used: {'; '.join(said)}", hint="opsctl triage", kind="no-source")
     for company, choice in selected.items():
         plan.pending[company] = list(choice.offers)
         if choice.warning:
