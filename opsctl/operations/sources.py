@@ -424,12 +424,12 @@ def _damage(offer: Offer, offers: Iterable[Offer]) -> str | None:
             continue
         if offer.account is None and other.account is not None:
             return f"its credentials have no account, those of {other.label} have"
+        if offer.source.kind is Kind.CACHE or offer.keys_by_type is None or other.keys_by_type is None:
+            continue
         gone_back_s = (moment(other.newest_at or "") - moment(offer.newest_at or "")).total_seconds()
         later = offer.source.is_primary or moment(offer.as_of) >= moment(other.as_of)
         if later and _same_history(offer, other) and gone_back_s > WENT_BACK_S:
             return f"it was set back: its newest row is {gone_back_s:,.0f} s older than that of {other.label}"
-        if offer.source.kind is Kind.CACHE or offer.keys_by_type is None or other.keys_by_type is None:
-            continue
         if moment(offer.as_of) - moment(other.as_of) > RECENT:
             continue
         for key_type, known in key_types.KNOWN.items():
