@@ -31,7 +31,7 @@ _STATEMENTS = {
     Fault.DELETED_COMPANY: (query("drill_delete_keys"), query("drill_delete_creds")),
     Fault.ROLLED_BACK: (query("drill_roll_back_creds"), query("drill_roll_back_keys")),
 }
-_SMALL_DISK = 'mount -t tmpfs -o size=256k tmpfs "$0" && exec "$@"'
+_SMALL_DISK = 'mount -t tmpfs -o "$1" tmpfs "$0" && shift && exec "$@"'
 
 
 def rehearse_fault(
@@ -136,7 +136,8 @@ def _full_disk(scene: Scene, journal: Journal) -> Check:
     scene.sessions.mkdir(mode=0o700, exist_ok=True)
     os.chown(scene.sessions, scene.owner.uid, scene.owner.gid)
     with journal.step("a restore onto a full disk"):
-        inside = ("unshare", "--mount", "sh", "-c", _SMALL_DISK, str(scene.sessions))
+        options = f"size=256k,mode=0700,uid={scene.owner.uid},gid={scene.owner.gid}"
+        inside = ("unshare", "--mount", "sh", "-c", _SMALL_DISK, str(scene.sessions), options)
         refused = scene.opsctl("sessions", "restore", "--service-stopped", "--replace", "--yes", inside=inside)
     error = refused.document().get("error") or {}
     seen = str(error.get("message") or refused.stderr.strip()[:200])
