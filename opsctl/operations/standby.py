@@ -9,6 +9,7 @@ copy stays as it is until `--accept`, or until the source has again what the cop
 from __future__ import annotations
 
 import errno
+import os
 import time
 from collections import Counter, deque
 from contextlib import ExitStack, contextmanager
@@ -27,7 +28,7 @@ from opsctl.stores.folder import entries_of, opened, read_file
 from opsctl.stores.live import Base, LiveDatabase, LiveFolders
 from opsctl.stores.records import FileEntry, ManifestDamaged, Origin, Record
 from opsctl.stores.staging import CompanyWriter, Order
-from opsctl.stores.standby import Built, Checked, Facts, Marks, State
+from opsctl.stores.standby import Building, Built, Checked, Facts, Marks, State
 from opsctl.stores.switch_record import read_switch
 
 if TYPE_CHECKING:
@@ -218,6 +219,8 @@ class _Taken:
     """The newest change that the copy knows of what is still there."""
     went_back: bool
     """Whether anything is older than in the copy."""
+    shares: bool
+    """Whether it has files of the copy, which were not read back."""
 
 
 class _Unlike(Exception):
@@ -237,6 +240,8 @@ class _Sync:
         self.warnings: list[str] = []
         self.unchanged: list[Copy] = []
         self.companies = 0
+        self._held: list[Copy] = []
+        self._published: dict[str, str] = {}
         self._states: dict[str, State] = {}
         self._leaving: list[Copy] = []
         self._built: list[tuple[Built, SyncRow]] = []
@@ -295,8 +300,8 @@ class _Sync:
         if copy.origin is not None and copy.damage is not None:
             self._failed(company, copy, f"{copy.path} is not ours to replace: {copy.damage}")
             return False
-        state = self.standby.state(company)
-        marks = self._marks(copy)
+        state = copy.state
+        marks = _marks(copy)
         if marks is None:
             return True
         reason = self.live.another_server(marks)
@@ -317,13 +322,6 @@ class _Sync:
             return False
         return True
 
-    def _marks(self, copy: Copy | None) -> Marks | None:
-        """By what to see whether a company has changed; None where its copy was made and nothing remembered of it."""
-        if copy is None or copy.damage is not None:
-            return None
-        state = self.standby.state(copy.company_id)
-        return state.marks if state.generation == copy.generation else None
-
     def _missing(self, copy: Copy, reason: str) -> None:
         """The source does not have this company, or not its credentials."""
         if self.wish.accepts(copy.company_id):
@@ -334,9 +332,11 @@ class _Sync:
             self._hold(copy.company_id, copy, reason, digest="")
 
     def _hold(self, company: str, copy: Copy, reason: str, *, digest: str) -> None:
-        state = self.standby.state(company)
+        state = copy.state
         held = replace(state, held=reason, held_since=state.held_since or self.at, held_digest=digest or None)
         self._states[company] = held
+        if copy.damage is None:
+            self._held.append(copy)
         row = SyncRow(company, Result.HELD, copy.key_count or 0, generation=copy.generation)
         self.settle(replace(row, reason=reason, held_since=held.held_since))
 
@@ -357,7 +357,8 @@ class _Sync:
         number = self.standby.next_generation(company)
         staged = taken.staged
         facts = Facts(number, self.at, staged.key_count, staged.keys_by_type, taken.newest_at, staged.me_sha256)
-        state = State(number, synced_at=self.at, verified_at=self.at, marks=self.live.marks(found.digest))
+        verified_at = copy.state.verified_at if copy is not None and taken.shares else self.at
+        state = State(number, synced_at=self.at, verified_at=verified_at, marks=self.live.marks(found.digest))
         base = copy.generation if copy is not None and copy.damage is None else None
         built = Built(company, facts, state, base, taken.written | taken.removed)
         self._built.append((built, replace(row, generation=number)))
@@ -371,7 +372,7 @@ class _Sync:
     def _read(self, found: Found, copy: Copy | None, *, write: bool) -> tuple[_Taken, SyncRow] | None:
         """What was read and what is to be said of it; None where it was settled: held, or failed."""
         company, started = found.company_id, time.monotonic()
-        marks = None if self.wish.full or self.wish.accepts(company) else self._marks(copy)
+        marks = None if self.wish.full or self.wish.accepts(company) else _marks(copy)
         if marks is not None and not self.live.can_tell_changes(marks):
             marks = None
         try:
@@ -416,7 +417,9 @@ class _Sync:
             creds = self.live.creds(company, base)
             if creds is None:
                 return None
-            fd = stack.enter_context(self.standby.building(company)) if write else None
+            building = Building(None, {})
+            if write:
+                building = stack.enter_context(self.standby.building(company, reuse=marks is not None))
             order = Order(
                 folder=folder_name(company),
                 creds=creds[0],
@@ -427,7 +430,7 @@ class _Sync:
                 drop_stale=False,
                 as_stored=True,
             )
-            reader = _Reader(CompanyWriter(order, fd), base, self.live.at)
+            reader = _Reader(CompanyWriter(order, building.fd), base, building, self.live.at)
             reader.notice(CREDS_FILE, creds[1])
             records = self.live.records(company, base)
             try:
@@ -475,8 +478,7 @@ class _Sync:
             return f"it lost {lost.total():,} of its {before:,} keys ({kinds})"
         if _is_before(taken.newest_at, taken.newest_kept) and not _is_before(self.live.at, taken.newest_kept):
             return f"its newest change went back from {taken.newest_kept} to {taken.newest_at}"
-        held = self.standby.state(copy.company_id).held
-        return held if held is not None and taken.went_back else None
+        return copy.held if copy.held is not None and taken.went_back else None
 
     def _retained(self, lost: Iterable[FileEntry]) -> Counter[str]:
         """Of these, by type, those that no cleanup may delete: all but what is past its expiry and the retention."""
@@ -517,6 +519,7 @@ class _Sync:
                 except OSError as error:
                     self.settle(replace(row, result=Result.FAILED, reason=f"it cannot be copied: {error.strerror}"))
                 else:
+                    self._published[built.company_id] = built.state.verified_at or ""
                     self.settle(row)
             for copy in leaving:
                 gone = self.standby.let_go(copy, now=self.now)
@@ -524,25 +527,32 @@ class _Sync:
                 self.settle(replace(row, reason=f"{row.reason}; its last copies stay in {gone} for a while"))
 
     def read_back(self) -> None:
-        """Hold some of the copies that stand against their manifests, all of them in turn, and mend the ready ones."""
-        states = {copy.company_id: self.standby.state(copy.company_id) for copy in self.unchanged}
-        due = sorted(self.unchanged, key=lambda copy: states[copy.company_id].verified_at or "")
-        due = due[: -(-len(due) // _VERIFY_RUNS)]
-        for copy in self.unchanged:
-            company = copy.company_id
-            state = self._states.get(company, states[company])
-            ready_damage = None
-            if copy in due:
-                damage = self.standby.damage(copy.path, company_id=company)
-                if damage is not None:
-                    self._states[company] = replace(state, marks=None)
-                    row = SyncRow(company, Result.DAMAGED, copy.key_count or 0, generation=copy.generation)
-                    self.settle(replace(row, reason=f"{damage}; the next sync makes it anew"))
-                    continue
-                ready_damage = self.standby.damage(copy.ready, company_id=company) if copy.ready else None
-                self._states[company] = replace(state, verified_at=self.at)
-            if copy.ready is None or ready_damage is not None:
+        """Hold some copies against their manifests, all of them in turn, and make the ready ones that are missing."""
+        kept = {copy.company_id: copy for copy in (*self.unchanged, *self._held)}
+        verified = {company: copy.verified_at or "" for company, copy in kept.items()} | self._published
+        due = sorted(verified, key=lambda company: verified[company])[: -(-len(verified) // _VERIFY_RUNS)]
+        for company in due:
+            self._verify(company)
+        for company, copy in kept.items():
+            if copy.ready is None and company not in due:
                 self._mend(copy)
+
+    def _verify(self, company: str) -> None:
+        copy = self.standby.copy(company)
+        if copy is None or copy.damage is not None:
+            return
+        state = self._states.get(company, copy.state)
+        damage = self.standby.damage(copy.path, company_id=company)
+        if damage is not None:
+            self._states[company] = replace(state, marks=None)
+            row = SyncRow(company, Result.DAMAGED, copy.key_count or 0, generation=copy.generation)
+            self.settle(replace(row, reason=f"{damage}; the next sync makes it anew"))
+            return
+        self._states[company] = replace(state, verified_at=self.at)
+        with self.standby.locked(self.wish.run_id):
+            self.standby.prune(company, keep=self.wish.keep, now=self.now)
+        if copy.ready is None or self.standby.damage(copy.ready, company_id=company) is not None:
+            self._mend(copy)
 
     def _mend(self, copy: Copy) -> None:
         try:
@@ -557,7 +567,7 @@ class _Sync:
         with self.standby.locked(self.wish.run_id):
             if self.wish.companies:
                 for copy in self.unchanged:
-                    state = self._states.get(copy.company_id) or self.standby.state(copy.company_id)
+                    state = self._states.get(copy.company_id, copy.state)
                     self._states[copy.company_id] = replace(state, synced_at=self.at)
             for company, state in self._states.items():
                 self.standby.remember(company, state)
@@ -568,10 +578,12 @@ class _Sync:
 class _Reader:
     """Passes a company's records on to its writer, and takes note of what the copy has besides or otherwise."""
 
-    def __init__(self, writer: CompanyWriter, base: Base, server_at: str) -> None:
+    def __init__(self, writer: CompanyWriter, base: Base, building: Building, server_at: str) -> None:
         self._writer = writer
         self._base = base.entries
         self._base_fd = base.fd
+        self._fd = building.fd
+        self._spare = dict(building.there)
         self._server_at = server_at
         self._there: set[str] = set()
         self._written: set[str] = {CREDS_FILE}
@@ -600,6 +612,7 @@ class _Reader:
         self.notice(name, updated_at)
         if value:
             self._written.add(name)
+            self._take_out(name)
             self._writer.add(record)
             return
         old = self._base.get(name)
@@ -610,12 +623,24 @@ class _Reader:
             expires_at,
         ):
             raise _Unlike
-        try:
-            self._writer.keep(name, old, self._base_fd)
-        except FileNotFoundError:
-            raise _Unlike from None
+        if name in self._written:  # two rows want one file: for a reading of both
+            raise _Unlike
+        if self._fd is not None and self._spare.get(name) != old.sha256:
+            self._take_out(name)
+            try:
+                os.link(name, name, src_dir_fd=self._base_fd, dst_dir_fd=self._fd, follow_symlinks=False)
+            except FileNotFoundError:
+                raise _Unlike from None
+        self._spare.pop(name, None)
+        self._writer.keep(name, old)
+
+    def _take_out(self, name: str) -> None:
+        if self._spare.pop(name, None) is not None:
+            os.unlink(name, dir_fd=self._fd)
 
     def finish(self) -> _Taken:
+        for name in tuple(self._spare):
+            self._take_out(name)
         gone = self._base.keys() - self._there
         return _Taken(
             staged=self._writer.finish(),
@@ -625,7 +650,15 @@ class _Reader:
             newest_at=self._newest or None,
             newest_kept=self._newest_kept or None,
             went_back=self._went_back,
+            shares=bool(self._there - self._written),
         )
+
+
+def _marks(copy: Copy | None) -> Marks | None:
+    """By what to see whether a company has changed; None where nothing is remembered of this copy."""
+    if copy is None or copy.damage is not None or copy.state.generation != copy.generation:
+        return None
+    return copy.state.marks
 
 
 @contextmanager

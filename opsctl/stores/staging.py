@@ -194,10 +194,8 @@ class CompanyWriter:
         if key_type in credentials.SUMMARISED:
             self._summary.add(key_type, key_id, data)
 
-    def keep(self, name: str, entry: FileEntry, base_fd: int | None) -> None:
-        """Take over a file that has not changed from another generation, by a hard link where files are written."""
-        if self._fd is not None:
-            os.link(name, name, src_dir_fd=base_fd, dst_dir_fd=self._fd, follow_symlinks=False)
+    def keep(self, name: str, entry: FileEntry) -> None:
+        """Take over a file that has not changed since another generation; the caller has put it in place."""
         self._entries[name] = entry_json(entry)
         self._counts[entry.key_type] += 1
 

@@ -8,6 +8,7 @@
             ready/                    byte-equal to the newest generation, and sharing no inode with anything
             state.json                what a sync has to remember of the company (`State`)
             building/                 a generation that was not finished; whoever finds it removes it
+            spare/                    one that is not kept any longer, for the next one to be made of
         .gone-company_<id>-<time>/    a company whose end was accepted, as long as replaced generations are kept
 
 The newest generation is the current copy. It appears by one rename and nothing in it is ever written again, so it may
@@ -24,17 +25,18 @@ import shutil
 import socket
 import time
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import orjson
 
 from opsctl.baileys.filenames import CREDS_FILE, MANIFEST_FILE, UnwritableName, folder_name, is_company_id
 from opsctl.errors import AlreadyRunning, Locked, Refused
-from opsctl.stores.folder import Holding, contents, opened, origin_of, read_file
+from opsctl.stores.folder import Holding, contents, digests_of, opened, origin_of, read_file
 from opsctl.stores.publishing import Owner, sync_filesystem
+from opsctl.stores.records import ManifestDamaged
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -44,11 +46,12 @@ if TYPE_CHECKING:
 
 _CHECKED, _HOLDER, _SYNCING, _STATE = "checked.json", "holder.json", "sync.lock", "state.json"
 _GENERATIONS, _READY, _BUILDING = "generations", "ready", "building"
-_REFRESHING, _TRASH, _GONE = "refreshing", "trash-", ".gone-"
+_REFRESHING, _SPARE, _TRASH, _GONE = "refreshing", "spare", "trash-", ".gone-"
 _NUMBER = re.compile(r"[0-9]{8}")
 _CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _LOOK_S = 0.05
 _NEWEST_KEPT = 3
+_SPARE_KEPT_S = 3600
 PUBLISHING_WAIT_S = 10.0
 """A sync holds the lock only while it publishes, never while it waits for a database."""
 
@@ -132,6 +135,8 @@ class Copy:
     held_since: str | None
     damage: str | None
     """Why it cannot be used."""
+    state: State = field(default_factory=State)
+    """What a sync remembers of the company; of an older generation, nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,6 +151,15 @@ class Built:
     """The generation that it shares files with."""
     changed: frozenset[str] | None
     """The files that are not those of `base`, also those that are gone; None: all."""
+
+
+class Building(NamedTuple):
+    """A generation under construction."""
+
+    fd: int | None
+    """None where everything is only computed."""
+    there: dict[str, str]
+    """SHA-256 by name of the files that it holds already, and that nobody needs."""
 
 
 class Standby:
@@ -265,6 +279,7 @@ class Standby:
             held=state.held if state else None,
             held_since=state.held_since if state else None,
             damage=damage,
+            state=state or State(),
         )
 
     def _head(self, path: Path, folder: str) -> tuple[Origin | None, str | None]:
@@ -347,15 +362,33 @@ class Standby:
                 os.close(descriptor)
 
     @contextmanager
-    def building(self, company_id: str) -> Iterator[int]:
-        """A new empty folder for the company's next generation, for a sync to write into."""
+    def building(self, company_id: str, *, reuse: bool) -> Iterator[Building]:
+        """A folder for the company's next generation, for a sync to write into.
+
+        With `reuse` it holds the files of an older generation that is not kept any longer, where there is one: to take
+        out of it what has changed spares making and removing as many names as there are keys.
+        """
         place = self._company(folder_name(company_id))
-        for folder in (place, place / _GENERATIONS):
-            folder.mkdir(mode=0o700, exist_ok=True)
+        for path in (place, place / _GENERATIONS):
+            path.mkdir(mode=0o700, exist_ok=True)
         self._discard(place, _BUILDING)
-        (place / _BUILDING).mkdir(0o700)
+        there = dict(self._spare_files(place)) if reuse else {}
+        if there:
+            (place / _SPARE).rename(place / _BUILDING)
+        else:
+            (place / _BUILDING).mkdir(0o700)
         with opened(place / _BUILDING) as fd:
-            yield fd
+            for name in (CREDS_FILE, MANIFEST_FILE) if there else ():
+                os.unlink(name, dir_fd=fd)
+                there.pop(name, None)
+            yield Building(fd, there)
+
+    @staticmethod
+    def _spare_files(place: Path) -> Iterator[tuple[str, str]]:
+        with suppress(OSError, ManifestDamaged), opened(place / _SPARE) as fd:
+            files = list(digests_of(fd))
+            if len(files) + 1 == len(os.listdir(fd)):
+                yield from files
 
     def abandon(self, company_id: str) -> None:
         """Remove what `building` has made."""
@@ -399,24 +432,27 @@ class Standby:
     def prune(self, company_id: str, *, keep: timedelta, now: datetime) -> None:
         """Remove the generations that were replaced longer than `keep` ago, and thin out the others.
 
-        Of those replaced within the last hour the newest of each ten minutes stays, before that of each hour; and the
+        Of those taken within the last hour the newest of each ten minutes stays, before that of each hour; and the
         three newest in any case. A copy each minute for a day would be 1,440 folders, each of as many names as keys.
+        The last one that goes is left as a spare for the next `building`.
         """
         folder = folder_name(company_id)
-        generations = self._company(folder) / _GENERATIONS
+        place = self._company(folder)
+        generations = place / _GENERATIONS
         numbers = self._numbers(folder)
         taken = {n: _moment(f.taken_at) for n in numbers if (f := _read(generations / f"{n}.json", Facts))}
         seen: set[tuple[int, int]] = set()
         for newer, number in pairwise(numbers):
-            replaced = taken.get(newer)
-            if replaced is None:
+            if newer not in taken or number not in taken:
                 continue
-            minutes = int(replaced.timestamp() // 60)
-            slot = (10, minutes // 10) if now - replaced < timedelta(hours=1) else (60, minutes // 60)
-            spare = slot in seen and number not in numbers[: _NEWEST_KEPT + 1]
+            minutes = int(taken[number].timestamp() // 60)
+            slot = (10, minutes // 10) if now - taken[number] < timedelta(hours=1) else (60, minutes // 60)
+            superfluous = slot in seen and number not in numbers[: _NEWEST_KEPT + 1]
             seen.add(slot)
-            if spare or now - replaced > keep:
-                self._discard(self._company(folder), f"{_GENERATIONS}/{number}")
+            replaced = taken[newer]
+            if superfluous or now - replaced > keep:
+                self._discard(place, _SPARE)
+                (generations / number).rename(place / _SPARE)
                 (generations / f"{number}.json").unlink(missing_ok=True)
 
     def tidy(self, *, keep: timedelta, now: datetime) -> None:
@@ -429,7 +465,8 @@ class Standby:
                     shutil.rmtree(place, ignore_errors=True)
             elif is_company_id(name) and place.is_dir():
                 for left in os.listdir(place):
-                    if left.startswith(_TRASH) or left in {_BUILDING, _REFRESHING}:
+                    old = left == _SPARE and now.timestamp() - (place / left).stat().st_ctime > _SPARE_KEPT_S
+                    if left.startswith(_TRASH) or left in {_BUILDING, _REFRESHING} or old:
                         shutil.rmtree(place / left, ignore_errors=True)
 
     def let_go(self, copy: Copy, *, now: datetime) -> Path:

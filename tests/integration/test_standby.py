@@ -295,6 +295,29 @@ def test_whatever_is_written_deleted_or_written_again_reaches_the_copy(synced: W
     check()
 
 
+def test_replaced_copies_are_kept_for_a_day_thinned_out_with_age(synced: Warm) -> None:
+    """Also each is whole: the next generation is made in a folder that is not kept any longer."""
+    start = datetime.now(UTC)
+    minutes = [*range(5, 125, 5), 60 * 23, 60 * 25, 60 * 26]
+    for minute in minutes:
+        synced.execute(
+            "UPDATE whatsapp_keys SET value = to_jsonb(%s::int), updated_at = now() WHERE key_type = 'session'",
+            [minute],
+        )
+        assert synced.synced(now=start + timedelta(minutes=minute)).exit_code == 0
+        if minute == 120:
+            kept = synced.store.generations(FIRST)
+            # Three and the current one; of the hour before one each ten minutes, then one each hour.
+            assert 9 <= len(kept) <= 12
+            assert (synced.path / f"company_{FIRST}" / "spare").is_dir()
+    kept = synced.store.generations(FIRST)
+    assert 4 <= len(kept) <= 5  # those that were replaced more than 24 hours ago are gone
+    for copy in kept:
+        assert copy.damage is None
+        assert synced.store.damage(copy.path, company_id=FIRST) is None
+    assert synced.entries() == fresh(synced)
+
+
 # What does not reach it.
 
 
