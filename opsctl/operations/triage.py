@@ -21,6 +21,7 @@ MARGIN_S = 0.8
 """For deciding, for printing and for ending."""
 _LEAST_S = 0.5
 _SHOWN_COMPANIES = 3
+_REPAIRED_AT_ONCE = 10
 
 _COLUMNS = (Column("Looked at", "check"), Column("", "verdict"), Column("Seen", "seen"))
 
@@ -63,12 +64,15 @@ def triage(settings: Settings, *, seconds: float, everything: bool, now: datetim
             columns=_COLUMNS,
             facts=facts,
             warnings=warnings,
+            next_lines=["opsctl sessions failback --dry-run"] if view.switch and not hurried else [],
         )
     verdict = faults[0]
     fault = verdict.fault or Fault.UNUSABLE
     advice = _ADVICE[fault]
-    if view.switch is not None and fault in _OF_THE_DATABASE:  # the sessions live; there is time to mend the database
-        advice = _Advice(advice.sentence, f"{_UNREACHABLE}#way-back", ("opsctl triage",))
+    if view.switch is not None and verdict.check in _OF_THE_DATABASE:  # the sessions live: there is time to mend it
+        advice = replace(advice, page=f"{_UNREACHABLE}#way-back", lines=("opsctl triage",))
+    elif verdict.check == "live folders":
+        advice = replace(advice, lines=("{stop}", "opsctl sessions verify"))
     lines = _lines(advice, verdict, view)
     others = sorted({str(sight.fault) for sight in faults} - {str(fault)})
     if others:
@@ -127,42 +131,25 @@ def in_order(sights: Sequence[Sight], *, switched: bool) -> list[Sight]:
     else.
     """
     order = list(Fault)
-    if switched:
-        order.sort(key=lambda fault: fault in _OF_THE_DATABASE)
-    faults = [(order.index(s.fault), s.seconds or 0, s) for s in sights if s.fault is not None]
-    # The clearest words on a fault are those of the probe that told it first.
-    return [sight for *_, sight in sorted(faults, key=lambda found: found[:2])]
+    faults = [
+        # The clearest words on a fault are those of the probe that told it first.
+        (switched and sight.check in _OF_THE_DATABASE, order.index(sight.fault), sight.seconds or 0, sight)
+        for sight in sights
+        if sight.fault is not None
+    ]
+    return [sight for *_, sight in sorted(faults, key=lambda found: found[:3])]
 
 
-_OF_THE_DATABASE = frozenset(
-    {
-        Fault.NAME,
-        Fault.REFUSED,
-        Fault.TIMEOUT,
-        Fault.STARTING,
-        Fault.TLS,
-        Fault.AUTHENTICATION,
-        Fault.MISSING_DATABASE,
-        Fault.NO_CONNECTION_LEFT,
-        Fault.FROZEN,
-        Fault.UNUSABLE,
-        Fault.SERVER_DISK_FULL,
-        Fault.READ_ONLY,
-        Fault.LOCKS,
-        Fault.PERMISSION,
-        Fault.MISSING_TABLES,
-        Fault.ROWS_MISSING,
-        Fault.CORRUPT_ROWS,
-    }
-)
+_OF_THE_DATABASE = frozenset({"network", "database", "server's disk", "locks", "tables", "rows", "credentials"})
+"""What is looked at that a service on folders does not use."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Advice:
     """What a fault means, the page with its section, and the lines to type, the first one first.
 
-    In a line, `{stop}`, `{start}` and `{log}` are lines of their own, one or more or none; the other words in braces
-    are filled in.
+    `{stop}`, `{start}`, `{repair}` and `{log}` stand for lines of their own, one or more or none; the other words in
+    braces are filled in.
     """
 
     sentence: str
@@ -218,16 +205,10 @@ _ADVICE = {
         f"{_UNREACHABLE}#preflight",
         (f'{_PSQL} "GRANT SELECT ON whatsapp_auth, whatsapp_keys TO {{role}}"',),
     ),
-    Fault.MISSING_TABLES: _Advice(
-        "tables are missing", f"{_DELETED}#the-lines-to-type", ("{stop}", "opsctl sessions list")
-    ),
-    Fault.ROWS_MISSING: _Advice(
-        "rows are missing", f"{_DELETED}#the-lines-to-type", ("{stop}", "opsctl sessions list")
-    ),
+    Fault.MISSING_TABLES: _Advice("tables are missing", f"{_DELETED}#the-lines-to-type", ("{stop}", "{repair}")),
+    Fault.ROWS_MISSING: _Advice("rows are missing", f"{_DELETED}#the-lines-to-type", ("{stop}", "{repair}")),
     Fault.CORRUPT_ROWS: _Advice("the database cannot read its own tables", f"{_CORRUPT}#the-lines-to-type", _RESTORE),
-    Fault.CORRUPT_CREDS: _Advice(
-        "credentials are corrupt", f"{_CORRUPT}#the-lines-to-type", ("{stop}", "opsctl sessions list")
-    ),
+    Fault.CORRUPT_CREDS: _Advice("credentials are corrupt", f"{_CORRUPT}#the-lines-to-type", ("{stop}", "{repair}")),
     Fault.SERVICE_STOPPED: _Advice("the service does not run", f"{_UNREACHABLE}#verification", ("{log}", "{start}")),
     Fault.WHATSAPP: _Advice(
         "WhatsApp cannot be reached from here; restoring cannot help",
@@ -250,7 +231,7 @@ _ADVICE = {
         ("{log}", "opsctl sessions list"),
     ),
     Fault.UNDECRYPTABLE: _Advice(
-        "messages cannot be decrypted", f"{_CORRUPT}#undecryptable-messages", ("opsctl sessions list", "{log}")
+        "messages cannot be decrypted", f"{_CORRUPT}#undecryptable-messages", ("opsctl keys doctor", "{log}")
     ),
 }
 
@@ -262,6 +243,7 @@ def _lines(advice: _Advice, verdict: Sight, view: View) -> list[str]:
         "{stop}": services.typed(view.manager, "stop"),
         "{start}": services.typed(view.manager, "start"),
         "{log}": _log_lines(view),
+        "{repair}": [_repair_line(verdict)],
     }
     words = {
         "folder": shlex.quote(str(view.sessions_dir or view.settings.standby_dir)),
@@ -274,6 +256,14 @@ def _lines(advice: _Advice, verdict: Sight, view: View) -> list[str]:
     for line in advice.lines:
         filled += several[line] if line in several else [line.format(**words)]
     return filled
+
+
+def _repair_line(verdict: Sight) -> str:
+    """Rows of single companies are put back in their place; where whole tables are gone there is none."""
+    if not verdict.companies:
+        return "opsctl sessions restore --dry-run"
+    companies = " ".join(f"--company {shlex.quote(company)}" for company in verdict.companies[:_REPAIRED_AT_ONCE])
+    return f"opsctl sessions repair {companies} --from standby --dry-run"
 
 
 def _on_the_server(address: Mapping[str, Any]) -> str:

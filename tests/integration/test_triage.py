@@ -476,6 +476,7 @@ def test_what_the_standby_has_and_the_database_lost(scene: Scene) -> None:
         database.execute("DELETE FROM whatsapp_auth WHERE company_id = %s", [SECOND])
         found = scene.sees(Fault.ROWS_MISSING, env=env)
         assert f"companies that the database lacks ({SECOND})" in found["error"]["message"]
+        assert found["next"][-1] == f"opsctl sessions repair --company {SECOND} --from standby --dry-run"
 
 
 def test_a_page_that_the_server_cannot_read(scene: Scene) -> None:
@@ -626,6 +627,7 @@ def test_while_the_sessions_live_in_folders_the_database_comes_last(scene: Scene
     found = scene.looks()
     assert found["facts"] == {"verdict": None, "owner": "folders", "since": "2026-01-31T03:04:05Z"}
     assert "what PostgreSQL has is the stale copy" in found["summary"]
+    assert found["next"] == ["opsctl sessions failback --dry-run"]
 
     dead = {"DATABASE_URL": f"postgresql://u:p@127.0.0.1:{closed_port()}/db"}
     found = scene.sees(Fault.REFUSED, env=dead)
@@ -636,6 +638,7 @@ def test_while_the_sessions_live_in_folders_the_database_comes_last(scene: Scene
     found = scene.sees(Fault.CORRUPT_CREDS, env=dead)
     assert found["facts"]["also"] == ["refused"]
     assert f"company {FIRST}" in found["error"]["message"]
+    assert found["next"][-1] == "opsctl sessions verify"
 
 
 def test_every_fault_has_a_test_here() -> None:
