@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 _AT_ONCE = 200
 """Rows in one transaction."""
+_UNDONE_HERE = frozenset({"keys cleanup", "keys doctor"})
+"""The others know folders too, and have their own way back."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +77,7 @@ def list_runs(state_dir: Path, *, keep: timedelta) -> Report:
         rows=rows,
         columns=_RUN_COLUMNS,
         facts={"keep_days": keep.days},
-        next_lines=[f"opsctl keys undo {rows[0].run} --dry-run"] if rows else [],
+        next_lines=[f"opsctl keys undo {row.run} --dry-run" for row in rows if row.command in _UNDONE_HERE][:1],
         details=[f"{row.run}: {row.path}, companies {', '.join(row.companies) or 'unknown'}" for row in rows],
     )
 
@@ -138,6 +140,10 @@ def plan_undo(
         raise Refused(
             f"run {run_id} was in the environment {run.head.environment!r}, this is {environment!r}",
             hint="opsctl config show",
+        )
+    if run.head.command not in _UNDONE_HERE:
+        raise Refused(
+            f"run {run_id} was `{run.head.command}`", hint=f"opsctl sessions failback --undo {run_id} --dry-run"
         )
     counts: Counter[tuple[str, str]] = Counter()
     with journal.step("compare", total=run.rows) as advance, open_connection() as connection:

@@ -114,6 +114,8 @@ class Found:
     census: tuple[CensusRow, ...]
     sizes: TableSizes
     system_identifier: str | None
+    cautions: tuple[str, ...]
+    """What the chosen policy can break, and what none touches."""
     warnings: tuple[str, ...]
     sample: tuple[str, ...]
 
@@ -198,7 +200,8 @@ def find(open_connection: OpenConnection, wish: Wish, *, journal: Journal) -> Fo
             census=tuple(row for row in census if not wish.companies or row.company_id in wish.companies),
             sizes=keys.measure_tables(connection),
             system_identifier=opened.server.system_identifier,
-            warnings=(*_cautions(wish, census), *_pooled(opened.pooled)),
+            cautions=tuple(_cautions(wish, census)),
+            warnings=tuple(_pooled(opened.pooled)),
             sample=tuple(f"{key.company_id} {key.key_type} {key.key_id} ({key.updated_at})" for key in sample),
         )
 
@@ -261,7 +264,7 @@ def preview(found: Found, wish: Wish) -> Report:
         rows=_rows(found, Counter()),
         columns=_PREVIEW_COLUMNS,
         facts=_facts(found, wish) | {"sample": list(found.sample)},
-        warnings=found.warnings,
+        warnings=(*found.cautions, *found.warnings),
         details=found.sample if wish.name_keys else (),
         next_lines=["opsctl keys cleanup"] if found.expired else [],
     )
@@ -322,10 +325,6 @@ def _report(
 ) -> Report:
     exit_code, failure = _failure(progress, ended)
     warnings = list(found.warnings)
-    if progress.locked:
-        warnings.append(
-            f"{progress.locked:,} expired keys were locked by another session and left; the next run takes them"
-        )
     if archive.rows_in_doubt:
         warnings.append(
             f"nobody answered the last commit: {archive.rows_in_doubt:,} keys are in the archive and may still be there"
@@ -346,7 +345,7 @@ def _report(
     return Report(
         summary=f"{progress.rows:,} of {found.expired:,} expired keys deleted ({why}), "
         f"{_total(found) - progress.rows:,} keys left",
-        notes=(*_notes(found), *_size_notes(found, progress, after)),
+        notes=(*_notes(found), *_size_notes(found, progress, after), *_left(progress), *found.cautions),
         rows=_rows(found, progress.deleted),
         columns=_COLUMNS,
         facts=facts,
@@ -365,6 +364,13 @@ def _notes(found: Found) -> Iterator[str]:
     yield "last written: " + ", ".join(f"{count:,} {name}" for name, count in facts["ages"].items())
     if facts["oldest"]:
         yield f"the oldest {facts['oldest']}, the newest {facts['newest']}"
+
+
+def _left(progress: Progress) -> Iterator[str]:
+    if progress.locked:
+        yield f"{progress.locked:,} expired keys were locked by another session and left; the next run takes them"
+    if progress.changed:
+        yield f"{progress.changed:,} keys were written after they were found, and stay"
 
 
 def _size_notes(found: Found, progress: Progress, after: TableSizes | None) -> Iterator[str]:

@@ -84,7 +84,7 @@ def count_keys(
         summary=f"{sum(totals):,} keys of {len({row.company for row in rows})} companies, {found.expired:,} expired",
         rows=rows,
         columns=_COLUMNS,
-        notes=[*_age_bars(totals), _sizes(sizes.table_bytes, sizes.index_bytes)],
+        notes=[*_age_bars(totals), _sizes(sizes.table_bytes, sizes.index_bytes), *found.cautions],
         facts={
             "keys": sum(totals),
             "expired": found.expired,

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 MENDABLE = {
     "mistyped",
     "lid-pairs",
-    "memory-without-own-key",
+    "memory-without-key",
     "pre-key-beyond-next",
     "array-sender-keys",
     "future-times",
@@ -77,8 +77,8 @@ def make_ill(fleet: Fleet) -> dict[tuple[str, str], int]:
     return {
         (FIRST, "mistyped"): 4,
         (FIRST, "lid-pairs"): 2,
-        (FIRST, "memory-without-own-key"): 1,
-        (FIRST, "own-key-without-memory"): 1,
+        (FIRST, "memory-without-key"): 1,
+        (FIRST, "key-without-memory"): 1,
         (FIRST, "pre-key-beyond-next"): 1,
         (FIRST, "array-sender-keys"): 1,
         (FIRST, "double-encoded"): 1,
@@ -136,6 +136,11 @@ def test_everything_is_found_mended_where_it_can_be_and_undone(fleet: Fleet) -> 
     undone = fleet.opsctl("keys", "undo", mended["run_id"], "--yes", "--json").json()
     assert (undone["facts"]["left"], undone["warnings"]) == (0, [])
     assert dump(fleet.database) == before
+
+
+def test_what_a_cleanup_leaves_behind_is_no_illness(fleet: Fleet) -> None:
+    fleet.database.execute("DELETE FROM whatsapp_keys WHERE key_type = 'sender-key-memory'")
+    assert {row["ailment"] for row in doctor(fleet)["rows"]} == {"key-without-memory"}
 
 
 def test_the_counter_of_pre_keys_is_never_lowered(fleet: Fleet) -> None:

@@ -103,7 +103,7 @@ def test_a_run_of_another_environment_or_of_nobody_is_refused_and_another_server
     nobody = fleet.opsctl("keys", "undo", "../../x", "--yes")
     assert (nobody.returncode, "opsctl keys runs" in nobody.stderr) == (5, True), nobody
     (archive,) = archived_runs(fleet.state)
-    head = Head("20990101T000000Z-000000", "x", "", "production", "elsewhere", "77")
+    head = Head("20990101T000000Z-000000", "keys cleanup", "", "production", "elsewhere", "77")
     line = b'{"table":"whatsapp_keys","old":{"company_id":"1","key_type":"a","key_id":"b","value":1}}\n'
     with (
         connected(fleet.database) as connection,
@@ -114,6 +114,18 @@ def test_a_run_of_another_environment_or_of_nobody_is_refused_and_another_server
     assert archive.head.run_id == run
     warned = undone(fleet, "20990101T000000Z-000000", "--dry-run")["warnings"]
     assert warned == ["this is not the server that the run worked on, which was elsewhere"]
+
+
+def test_a_failback_has_its_own_way_back(fleet: Fleet) -> None:
+    head = Head("20990101T000000Z-000001", "sessions failback", "", "production", "here", None)
+    with (
+        connected(fleet.database) as connection,
+        new_archive(fleet.state, head, keep=KEEP) as archive,
+        archive.transaction(connection) as keep,
+    ):
+        keep(b'{"table":"whatsapp_keys","old":{"company_id":"1","key_type":"a","key_id":"b","value":1}}\n')
+    done = fleet.opsctl("keys", "undo", head.run_id, "--yes")
+    assert (done.returncode, f"opsctl sessions failback --undo {head.run_id}" in done.stderr) == (5, True), done
 
 
 KEEP = timedelta(days=1)
