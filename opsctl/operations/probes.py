@@ -46,6 +46,7 @@ LOCK_WAIT_S = 5.0
 """A session that waits longer for a lock is stuck behind another; the service gives up after 30 s."""
 LOG_BYTES = 512 * 1024
 LOG_WINDOW = timedelta(minutes=15)
+_LEARNING_S = 1.0
 _TELLING_S = 0.2
 _REWRITING_S = 0.1
 UNDECRYPTABLE_BURST = 10
@@ -56,6 +57,7 @@ class Fault(StrEnum):
     """What can be wrong."""
 
     SESSIONS_DISK_FULL = "sessions-disk-full"
+    SESSIONS_DISK_FROZEN = "sessions-disk-frozen"
     WAY_OUT = "way-out-unreachable"
     NAME = "name-not-found"
     REFUSED = "refused"
@@ -108,6 +110,8 @@ class View:
     settings: Settings
     give_up_at: float
     """Monotonic seconds."""
+    owner_known: bool = False
+    """Whether it could be read if a switch is on record."""
     switch: SwitchRecord | None = None
     manager: services.Manager | None = None
     sessions_dir: Path | None = None
@@ -147,29 +151,35 @@ def look(settings: Settings, *, give_up_at: float, now: datetime) -> View:
     """Run every probe until all have ended or the clock has. Raises `SettingsError` without a database address."""
     address = db.address(settings)
     view = View(settings, give_up_at)
-    probes: dict[str, Callable[[], None]] = {
+    # First and alone, though not for long: the others ask the standby and the sessions folder about companies.
+    _run(view, {"records": lambda: _learn(view)}, until=min(give_up_at, time.monotonic() + _LEARNING_S))
+    probes = {
         "network": lambda: _look_at_network(view, address),
         "database": lambda: _look_at_database(view, address),
         "whatsapp": lambda: _look_at_whatsapp(view),
         "folders": lambda: _look_at_folders(view),
+        "service": lambda: _look_at_service(view, now),
     }
-    _learn(view)  # before any thread: the service's log is searched for the companies that are known
-    probes["service"] = lambda: _look_at_service(view, now)
+    _run(view, probes, until=give_up_at)
+    return view
+
+
+def _run(view: View, probes: Mapping[str, Callable[[], None]], *, until: float) -> None:
+    """Run the probes beside each other, and leave those behind that have not ended: no clock reaches into a disk."""
     threads = {
         name: threading.Thread(target=_guarded, args=(view, name, probe), daemon=True) for name, probe in probes.items()
     }
     for thread in threads.values():
         thread.start()
     for name, thread in threads.items():
-        thread.join(max(0.0, give_up_at - time.monotonic()))
+        thread.join(max(0.0, until - time.monotonic()))
         if thread.is_alive():
             known = name in _SILENT
             view.tell(name, "no answer before the time was up", _SILENT.get(name), skipped=not known, hurried=not known)
-    return view
 
 
-_SILENT = {"network": Fault.NAME, "whatsapp": Fault.WHATSAPP}
-"""Connecting has a clock of its own here, so a probe of the network that hangs is one that waits for a name."""
+_SILENT = {"network": Fault.NAME, "whatsapp": Fault.WHATSAPP, "folders": Fault.SESSIONS_DISK_FROZEN}
+"""What it means that a probe hangs. Connecting has a clock of its own here, so one of the network waits for a name."""
 
 
 def _guarded(view: View, name: str, probe: Callable[[], None]) -> None:
@@ -183,11 +193,12 @@ def _guarded(view: View, name: str, probe: Callable[[], None]) -> None:
 
 
 def _learn(view: View) -> None:
-    """What is known without waiting: folders and records on this machine's disk."""
+    """What this machine's disk has: the record of a switch, and the warm copies."""
     settings = view.settings
     with suppress(SettingsError):
         view.sessions_dir = settings.sessions_dir
         view.switch = read_switch(view.sessions_dir)
+        view.owner_known = True
     try:
         view.manager = services.manager(settings)
     except SettingsError as error:
@@ -201,10 +212,8 @@ def _learn(view: View) -> None:
 
 def _look_at_network(view: View, address: Mapping[str, Any]) -> None:
     """Each host of the connection string: its name, and whether its port lets anybody in."""
-    hosts = str(address.get("hostaddr") or address.get("host") or "").split(",")
-    ports = str(address.get("port", 5432)).split(",")
-    for index, host in enumerate(hosts):
-        port = int(ports[index] if index < len(ports) else ports[0])
+    for one in db.each_host(address):
+        host, port = str(one.get("hostaddr") or one.get("host") or ""), int(one.get("port", 5432))
         if not host or host.startswith(("/", "@")):
             continue  # a Unix socket, of which the database probe says all there is
         if (fault := _reach(view, "network", host, port)) is not None:

@@ -115,8 +115,8 @@ def in_order(sights: Sequence[Sight], *, switched: bool) -> list[Sight]:
 
     The order is that of `Fault`:
 
-    1. A full disk under the sessions stands first: every remedy writes there, and every further write of the service
-       tears what is left.
+    1. A full disk under the sessions, or one that hangs, stands first: every remedy writes there, and every further
+       write of the service tears what is left.
     2. The way out: a network that leads nowhere is the cause of all the rest, and a restore would only add a switch
        that has to be undone.
     3. What keeps us from talking to the database, from the outside in (name, port, login, answer): nothing behind a
@@ -163,6 +163,9 @@ _IDLE = "sudo -u postgres psql -c \"SELECT pid, usename, application_name FROM p
 _ADVICE = {
     Fault.SESSIONS_DISK_FULL: _Advice(
         "this machine's disk is full", f"{_UNREACHABLE}#preflight", ("df -h {folder}; df -i {folder}",)
+    ),
+    Fault.SESSIONS_DISK_FROZEN: _Advice(
+        "this machine's disk does not answer", f"{_UNREACHABLE}#preflight", ("dmesg | tail -n 30", "mount")
     ),
     Fault.WAY_OUT: _Advice(
         "this machine reaches neither WhatsApp nor the database; restoring cannot help",
@@ -280,7 +283,9 @@ def _log_lines(view: View) -> list[str]:
     ]
 
 
-def _owner(view: View) -> str:
+def _owner(view: View) -> str | None:
+    if not view.owner_known:
+        return None
     return "folders" if view.switch else "database"
 
 
@@ -288,6 +293,8 @@ def _owner_sentence(view: View) -> str:
     """Who owns the sessions now, by the record of a switch."""
     if view.sessions_dir is None:
         return "who owns the sessions is not known without a sessions folder"
+    if not view.owner_known:
+        return f"who owns the sessions is not known: {view.sessions_dir} does not answer"
     if view.switch is None:
         return "the sessions belong to PostgreSQL: no switch is on record"
     return (

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import socket
 import ssl
 import subprocess
@@ -32,6 +33,7 @@ from tests.conftest import Database
 from tests.integration.fleet import FIRST, KEYS, SECOND, Fleet
 from tests.integration.test_database_deadlines import accepts_and_never_answers, full_backlog, tcp_url
 from tests.integration.test_restore_damage import VALUE, damage
+from tests.integration.test_restore_killed import mounted_fuse
 from tests.integration.test_restore_targets import mounted
 from tests.integration.test_services import own_commands, program
 from tests.pm2.door import pm2
@@ -62,7 +64,7 @@ class Scene:
             took_s = time.monotonic() - started
             found: dict[str, Any] = done.json()
             assert done.returncode == (0 if found["facts"]["verdict"] is None else 1), done
-            if not any("the time was up" in warning for warning in found["warnings"]):
+            if found["facts"]["verdict"] or not any("the time was up" in warning for warning in found["warnings"]):
                 break
         if "--deadline" not in words and took_s > LONGEST_S:
             started = time.monotonic()
@@ -255,7 +257,7 @@ def test_another_host_of_the_list_that_answers_is_enough(over_tcp: Scene, tcp_se
 
 def test_a_server_that_shuts_down(over_tcp: Scene, tmp_path: Path) -> None:
     with embedded_server(tmp_path, tcp=True) as server, psycopg.connect(server.conninfo()):
-        os.kill(server.pid, 15)  # a smart shutdown waits for our session
+        os.kill(server.pid, signal.SIGTERM)  # a smart shutdown waits for our session
         time.sleep(0.2)
         found = over_tcp.sees(Fault.STARTING, env={"DATABASE_URL": tcp_url(server, database="postgres")})
     assert found["next"][0] == "opsctl triage"
@@ -515,6 +517,25 @@ def test_a_sessions_folder_in_which_no_file_can_be_made(scene: Scene) -> None:
             for number in range(9):
                 (scene.fleet.target / f"file-{number}").touch()
         scene.sees(Fault.SESSIONS_DISK_FULL)
+
+
+@needs.root()
+@needs.debian("fuse2fs")
+@needs.debian("e2fsprogs")
+def test_a_disk_that_does_not_answer(scene: Scene) -> None:
+    with mounted_fuse() as mount:
+        (filesystem,) = [
+            int(path.parent.name)
+            for path in Path("/proc").glob("[0-9]*/cmdline")
+            if path.read_bytes().startswith(b"fuse2fs\0") and str(mount).encode() in path.read_bytes()
+        ]
+        os.kill(filesystem, signal.SIGSTOP)
+        try:
+            found = scene.sees(Fault.SESSIONS_DISK_FROZEN, env={"SESSIONS_DIR": str(mount / "sessions")})
+        finally:
+            os.kill(filesystem, signal.SIGCONT)
+    assert found["facts"]["owner"] is None
+    assert "who owns the sessions is not known" in found["summary"]
 
 
 def test_a_service_that_is_stopped(scene: Scene, tmp_path: Path) -> None:
