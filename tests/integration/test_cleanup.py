@@ -356,6 +356,24 @@ def test_without_an_archive_nothing_is_deleted(fleet: Fleet) -> None:
     assert "a" in keys_of_type(fleet)
 
 
+def test_a_disk_that_fills_up_in_the_middle_stops_it_with_every_deleted_row_in_the_archive(fleet: Fleet) -> None:
+    fleet.database.execute(OLD_SESSIONS, [3_000])
+    fleet.database.execute(
+        "UPDATE whatsapp_keys SET value ="
+        " to_jsonb((SELECT string_agg(md5(key_id || n), '') FROM generate_series(1, 9) AS n)) WHERE key_id LIKE 'old-%'"
+    )
+    before = keys_of(fleet.database)
+    line = [sys.executable, "-m", "opsctl", "keys", "cleanup", "--yes", "--json", "--pause-ratio", "0"]
+    environment = {**os.environ, **fleet.env, "PYTHONPATH": str(Path(opsctl.__file__).parents[1])}
+    limited = ["bash", "-c", 'ulimit -f 300; exec "$@"', "bash", *line]  # KiB of one file
+    done = subprocess.run(limited, env=environment, capture_output=True, text=True, cwd=fleet.place, check=False)
+    gone = before - keys_of(fleet.database)
+    assert done.returncode == 6, done
+    assert orjson.loads(done.stdout)["error"]["kind"] == "archive"
+    assert 0 < len(gone) < 3_000
+    assert gone == archived_keys(fleet)
+
+
 def test_while_the_service_runs_on_folders_nothing_is_deleted(fleet: Fleet) -> None:
     old_session(fleet, "a")
     own = fleet.target / OPSCTL_FOLDER
