@@ -492,6 +492,18 @@ def replica_of(primary: EmbeddedServer) -> Iterator[EmbeddedServer]:
 # The standby
 
 
+def test_the_age_of_the_oldest_warm_copy_counts(fleet: Fleet) -> None:
+    standby = {"STANDBY_DIR": str(fleet.place / "standby")}
+    assert fleet.opsctl("standby", "sync", env=standby).returncode == 0
+    row = looked(fleet.database.url, Group.AUTH, **standby)["standby"]
+    assert row.state is State.OK, row
+    assert row.seen.startswith("2 companies, oldest ")
+    time.sleep(1.05)
+    assert (
+        looked(fleet.database.url, Group.AUTH, HEALTH_STANDBY_AGE_S="1/1", **standby)["standby"].state is State.CRITICAL
+    )
+
+
 def test_warm_copies_that_are_damaged_are_said(database: Database, tmp_path: Path) -> None:
     (tmp_path / "standby" / "company_1" / "generations" / "00000001").mkdir(parents=True)
     row = looked(database.url, Group.AUTH, STANDBY_DIR=str(tmp_path / "standby"))["standby"]
@@ -536,8 +548,9 @@ def test_nagios_gets_one_line_with_performance_data_and_its_own_exit_codes(fleet
     assert answer.line.startswith("OPSCTL WARNING: connections: 1 of 97: opsctl 1 | 'connections'=1%;0.1;90 ")
     code, line = plugin(DB_POOL_USAGE_THRESHOLD="0.001", HEALTH_POOL_CRITICAL="0.001")
     assert (code, line.split(":")[0]) == (2, "OPSCTL CRITICAL")
-    code, line = plugin(DATABASE_URL="postgresql://u@127.0.0.1:1/db")
-    assert (code, line.split(":")[0]) == (2, "OPSCTL CRITICAL")
+    nowhere = load(environ={**fleet.env, "DATABASE_URL": "postgresql://u@127.0.0.1:1/db"})
+    answer = monitoring.plugin(health.examine(nowhere, only=[Group.SESSIONS]))
+    assert (answer.code, answer.line.split(": ")[:2]) == (2, ["OPSCTL CRITICAL", "reply"])
     code, line = plugin(HEALTH_BLOCKED_S="2/1")
     assert (code, line.split(":")[0]) == (3, "OPSCTL UNKNOWN")
     assert plugin("--json")[0] == 3
@@ -564,6 +577,11 @@ def test_prometheus_gets_a_file_in_one_step(fleet: Fleet, tmp_path: Path) -> Non
     env = {"DATABASE_URL": "postgresql://u@127.0.0.1:1/db"}
     assert fleet.opsctl("db", "health", "--only", "auth", "--prometheus", file, env=env).returncode == 4
     assert "opsctl_health_up 0.0" in file.read_text()
+    (tmp_path / "without" / "prometheus_client").mkdir(parents=True)
+    (tmp_path / "without" / "prometheus_client" / "__init__.py").write_text("raise ModuleNotFoundError")
+    env = {"PYTHONPATH": f"{tmp_path / 'without'}:{Path(opsctl.__file__).parents[1]}"}
+    done = fleet.opsctl("db", "health", "--only", "tls", "--prometheus", file, env=env)
+    assert (done.returncode, "pip install 'opsctl[metrics]'" in done.stderr) == (2, True)
 
 
 def test_watch_with_json_is_json_lines_as_often_as_was_asked_for(fleet: Fleet) -> None:
