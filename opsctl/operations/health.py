@@ -106,6 +106,8 @@ def _looked_here(check: LocalCheck, settings: Settings) -> list[HealthRow]:
         return list(check.look(settings))
     except OSError as error:
         return [HealthRow(check.name, check.group, State.UNKNOWN, error.strerror or type(error).__name__)]
+    except ValueError:  # a file of ours that somebody changed
+        return [HealthRow(check.name, check.group, State.UNKNOWN, "what is remembered here cannot be read")]
 
 
 def report(health: Health) -> Report:
