@@ -11,6 +11,7 @@ import re
 import shutil
 import time
 from collections import Counter
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -113,6 +114,8 @@ class Server:
         self.reply_s = reply_s
         self.asking_s = 0.0
         """Seconds spent on statements, probes aside."""
+        self.pg_dump_major: Future[int | None] = Future()
+        """Asked for while the database answers: Debian's is a script that takes longer than all its answers."""
         connection.stall_s = STATEMENT_S + 0.5  # it ends itself, if it lives
 
     def ask(self, statement: LiteralString, into: Callable[..., T], **values: Any) -> list[T]:  # noqa: ANN401
@@ -201,6 +204,7 @@ def judged(
 
 def check_reply(server: Server) -> Iterator[HealthRow]:
     """Name, TCP, TLS, password and the first answer together."""
+    server.pg_dump_major = ThreadPoolExecutor(1).submit(_pg_dump_major)
     reply_ms = server.reply_s * 1000
     limits = server.settings["HEALTH_REPLY_MS"]
     action = "look at the network, DNS and the server's load"
@@ -233,11 +237,12 @@ def check_server(server: Server) -> Iterator[HealthRow]:
         seen=f"{skew_s:.1f} s apart from this host",
         action="synchronise the clocks: retention depends on them",
     )
-    yield from _versions(state.server_version // 10000)
 
 
-def _versions(server_major: int) -> Iterator[HealthRow]:
-    dump_major = _pg_dump_major()
+def check_version(server: Server) -> Iterator[HealthRow]:
+    """Do the clients fit the server? The last check, because the program that is asked takes its time."""
+    server_major = server.state.server_version // 10000
+    dump_major = server.pg_dump_major.result()
     seen = f"server {server_major}, libpq {pq.version() // 10000}"
     seen += f", pg_dump {dump_major}" if dump_major else ""
     state, action = State.OK, None
@@ -251,7 +256,10 @@ def _versions(server_major: int) -> Iterator[HealthRow]:
 def _pg_dump_major() -> int | None:
     if shutil.which("pg_dump") is None:
         return None
-    done = process.run(["pg_dump", "--version"], environment=process.bare_environment(), timeout_s=1.0)
+    try:
+        done = process.run(["pg_dump", "--version"], environment=process.bare_environment(), timeout_s=1.0)
+    except OSError:  # a file that cannot be run
+        return None
     found = re.search(rb" (\d+)", done.stdout)
     return int(found[1]) if found else None
 
@@ -795,5 +803,6 @@ DATABASE_CHECKS = (
     Check("slots", Group.REPLICATION, check_slots),
     Check("tls", Group.TLS, check_tls),
     Check("credentials", Group.AUTH, check_auth),
+    Check("version", Group.REACH, check_version),
 )
 LOCAL_CHECKS = (LocalCheck("standby", Group.AUTH, check_standby), LocalCheck("disk", Group.STORAGE, check_disks))
