@@ -134,18 +134,6 @@ def test_a_host_list_shares_one_budget(empty_fleet: Fleet) -> None:
         ends_with_4(empty_fleet, "--deadline", "3", between=(3, 3.5), kind="frozen")
 
 
-@pytest.fixture
-def silent_resolver(tmp_path: Path) -> Iterator[tuple[str, ...]]:
-    """Words before a program, for which every name is looked up at a server that does not answer."""
-    resolv = tmp_path / "resolv.conf"
-    resolv.write_text("nameserver 127.0.0.84\n")
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as silent:
-        silent.bind(("127.0.0.84", 53))
-        yield ("unshare", "-m", "sh", "-c", f'mount --bind {resolv} /etc/resolv.conf && exec "$@"', "sh")
-        silent.setblocking(False)
-        assert silent.recv(512)  # it was asked
-
-
 @needs.namespace("mount")
 def test_a_name_server_that_does_not_answer_is_given_up(
     empty_fleet: Fleet, silent_resolver: tuple[str, ...], tmp_path: Path

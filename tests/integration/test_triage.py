@@ -10,6 +10,7 @@ import signal
 import socket
 import ssl
 import subprocess
+import sys
 import threading
 import time
 from contextlib import contextmanager, suppress
@@ -24,6 +25,7 @@ import pytest
 from opsctl.embedded import EmbeddedServer, embedded_server
 from opsctl.operations.fleet import create_schema
 from opsctl.operations.probes import Fault
+from opsctl.operations.triage import _ADVICE
 from opsctl.stores.standby import Facts
 from opsctl.stores.switch_record import SwitchRecord, write_switch
 from tests import needs
@@ -226,6 +228,23 @@ def test_refused_at_a_socket(scene: Scene) -> None:
 def test_name_not_found(scene: Scene) -> None:
     found = scene.sees(Fault.NAME, env={"DATABASE_URL": "postgresql://u:p@no-such-host.invalid/db"})
     assert "the name no-such-host.invalid is not found" in found["error"]["message"]
+
+
+@needs.namespace("mount")
+def test_a_name_server_that_does_not_answer(scene: Scene, silent_resolver: tuple[str, ...]) -> None:
+    url = "postgresql://u:p@db.example.com/db"
+    started = time.monotonic()
+    done = subprocess.run(
+        [*silent_resolver, sys.executable, "-m", "opsctl", "triage", "--json"],
+        env={**scene.fleet.env, "DATABASE_URL": url, "PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT)},
+        cwd=scene.fleet.place,
+        capture_output=True,
+        check=False,
+    )
+    assert time.monotonic() - started <= 2 * LONGEST_S  # 5 s with nothing else to do; the name server never answers
+    found = json.loads(done.stdout)
+    assert found["facts"]["verdict"] == "name-not-found"
+    assert found["facts"]["evidence"] == "no answer before the time was up"
 
 
 def test_a_host_that_drops_what_we_send(scene: Scene) -> None:
@@ -660,6 +679,14 @@ def test_while_the_sessions_live_in_folders_the_database_comes_last(scene: Scene
     assert found["facts"]["also"] == ["refused"]
     assert f"company {FIRST}" in found["error"]["message"]
     assert found["next"][-1] == "opsctl sessions verify"
+
+
+def test_every_line_that_is_advised_is_one_that_opsctl_takes(run_opsctl: RunOpsctl) -> None:
+    lines = {line for advice in _ADVICE.values() for line in advice.lines if line.startswith("opsctl ")}
+    lines |= {"opsctl sessions repair --company 1 --from standby --dry-run", "opsctl sessions failback --dry-run"}
+    for line in lines:
+        assert run_opsctl(*line.split()[1:], "--help").returncode == 0, line
+    assert set(_ADVICE) == set(Fault)
 
 
 def test_every_fault_has_a_test_here() -> None:
