@@ -110,7 +110,7 @@ def cleanup(
     if explain:
         return operation.explain(wish)
     refuse_while_switched(run.settings, "cleanup")
-    found = operation.find(_database(run), wish, journal=run.journal)
+    found = operation.find(_database(run), wish, journal=run.journal, naming=dry_run)
     if dry_run or not found.expired:
         return operation.preview(found, wish)
     run.confirm(f"Delete {found.expired:,} expired keys?")

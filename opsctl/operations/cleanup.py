@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 NOTEWORTHY = 1_000
 """So many deletions in one run are told to Sentry."""
-_SAMPLE = 3
+_SAMPLE, _MOST_NAMED = 3, 1_000_000
 
 AGES = ("under 1 d", "1-7 d", "7-14 d", "14-30 d", "over 30 d")
 
@@ -174,8 +174,11 @@ def explain(wish: Wish) -> Report:
     )
 
 
-def find(open_connection: OpenConnection, wish: Wish, *, journal: Journal) -> Found:
-    """Count what is expired; changes nothing. Raises `Refused` for a company that the database does not have."""
+def find(open_connection: OpenConnection, wish: Wish, *, journal: Journal, naming: bool = False) -> Found:
+    """Count what is expired, naming some keys or all; changes nothing.
+
+    Raises `Refused` for a company that the database does not have.
+    """
     with journal.step("find expired keys"), open_connection() as connection, snapshot(connection) as opened:
         now = datetime.fromisoformat(opened.server.snapshot_at)
         expiry = keys.Expiry(
@@ -193,8 +196,8 @@ def find(open_connection: OpenConnection, wish: Wish, *, journal: Journal) -> Fo
             raise Refused(
                 f"the database has no keys of company {named}", kind="unknown-company", hint="opsctl keys stats"
             )
-        shown = (wish.most_rows or 1_000_000) if wish.name_keys else _SAMPLE
-        sample = keys.list_expired(connection, expiry, most=shown) if any(row.expired_count for row in census) else []
+        shown = (wish.most_rows or _MOST_NAMED) if wish.name_keys else _SAMPLE
+        sample = keys.list_expired(connection, expiry, most=shown) if naming else []
         return Found(
             expiry=expiry,
             census=tuple(row for row in census if not wish.companies or row.company_id in wish.companies),
