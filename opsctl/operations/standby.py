@@ -52,8 +52,8 @@ _EVERY_ONE = 5
 """So many keys of one type, and no other left: that is no ordinary day either."""
 _CLOCK_TOLERANCE = timedelta(seconds=1)
 _BATCH_COMPANIES, _BATCH_FILES = 100, 50_000
-_VERIFY_RUNS = 720
-"""In how many runs every copy is read back once: twice a day, at a run a minute."""
+_VERIFY_RUNS = 1440
+"""In how many runs every copy is read back once: a day's, at a run a minute."""
 
 
 @dataclass(frozen=True, slots=True)

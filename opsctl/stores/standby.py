@@ -413,9 +413,8 @@ class Standby:
         place = self._company(folder)
         generations, number = place / _GENERATIONS, built.facts.generation
         self._write(generations / f"{number}.json", built.facts)
+        # The name is not synced: a power failure that forgets it leaves the generation before, which is whole.
         (place / _BUILDING).rename(generations / number)
-        with opened(generations) as fd:
-            os.fsync(fd)
         self.remember(built.company_id, built.state)
         self._refresh_ready(built)
 
