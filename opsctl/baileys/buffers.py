@@ -154,7 +154,7 @@ def to_form(value: object, form: StoredForm) -> object:
         case StoredForm.BASE64:
             return _replace_bytes(value, _base64_object)
         case StoredForm.UINT8ARRAY:
-            return _replace_bytes(value, lambda data: {str(index): byte for index, byte in enumerate(data)})
+            return _replace_bytes(value, _uint8array_object)
         case StoredForm.NONE | StoredForm.MIXED:
             raise ValueError(f"{form.value} is not a form to write bytes in")
 
@@ -179,6 +179,8 @@ def is_double_encoded(value: bytes) -> bool:
     return len(value) == 44 and _KEY_ENCODED_TWICE.fullmatch(value) is not None
 
 
+_COUNTED: Final = tuple(map(str, range(256)))
+"""The keys of a byte array as JavaScript and JSONB enumerate them; longer ones are sorted."""
 _WALKED: Final = frozenset({dict, list, float})
 
 
@@ -233,6 +235,8 @@ def _payload(data: object, notes: set[str]) -> bytes | None:
 
 
 def _uint8array(value: dict[str, object], notes: set[str]) -> bytes | None:
+    if tuple(value) == _COUNTED[: len(value)] and set(map(type, value.values())) == {int}:
+        return _bytes_from(list(value.values()), notes)
     for key in value:
         if not (key.isascii() and key.isdigit()):
             return None
@@ -273,6 +277,11 @@ def _base64_object(data: object) -> dict[str, str]:
     if not isinstance(data, bytes):
         raise TypeError
     return {"type": "Buffer", "data": b2a_base64(data, newline=False).decode()}
+
+
+def _uint8array_object(data: bytes) -> dict[str, Any]:
+    # No bytes at all would be an empty object, which nobody revives: tokens that are kept empty on purpose.
+    return {str(index): byte for index, byte in enumerate(data)} or {"type": "Buffer", "data": []}
 
 
 def _replace_bytes(value: object, write: Callable[[bytes], object]) -> object:

@@ -6,6 +6,7 @@ back as the folder has it is never committed.
 
 from __future__ import annotations
 
+import gc
 import os
 import shlex
 from contextlib import ExitStack, contextmanager
@@ -19,7 +20,7 @@ import orjson
 
 from opsctl.baileys import buffers, credentials
 from opsctl.baileys.filenames import UnwritableName, folder_name, is_company_id
-from opsctl.errors import Locked, OpsctlError, Refused, SourceUnavailable
+from opsctl.errors import DatabaseUnavailable, Locked, OpsctlError, Refused, SourceUnavailable
 from opsctl.operations.sides import CompanyPlan, Sides, added, as_text, identity
 from opsctl.operations.three_way import WRITTEN, Action, Prefer
 from opsctl.report import Column, Failure, Report
@@ -315,7 +316,7 @@ def _plan(open_snapshot: OpenSnapshot, root_fd: int, wish: FailbackWish, journal
             "system_identifier": server.system_identifier,
             "timeline": server.timeline,
         }
-        with journal.step("compare files and rows", total=len(folders)) as advance:
+        with journal.step("compare files and rows", total=len(folders)) as advance, _no_collecting():
             for done, (name, origin) in enumerate(folders, 1):
                 plan.companies.append(_company_plan(snapshot, root_fd, name, origin, plan, set(tenants)))
                 advance(done)
@@ -327,6 +328,16 @@ def _plan(open_snapshot: OpenSnapshot, root_fd: int, wish: FailbackWish, journal
             + ", ".join(map(ascii, missing[:5]))
         )
     return plan
+
+
+@contextmanager
+def _no_collecting() -> Iterator[None]:
+    """Without the garbage collector: hundreds of thousands of tuples and no cycles cost it a sixth of the time."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 def _company_folders(root_fd: int) -> list[tuple[str, Origin | None]]:
@@ -383,8 +394,12 @@ def _company_plan(
             return plan
         plan.company = ids[0]
     try:
-        with opened(name, dir_fd=root_fd) as fd:
+        with opened(name, dir_fd=root_fd) as fd, snapshot.company():
             _compare(snapshot, fd, origin, plan, fleet)
+    except DatabaseUnavailable as error:
+        if error.kind != "corrupt":
+            raise
+        plan.refused = error.message
     except ManifestDamaged as error:
         plan.refused = f"its manifest is damaged: {error}; --adopt brings it back without one, and deletes nothing"
     except OSError as error:
@@ -512,9 +527,9 @@ def check_rows(
     total, found, wrong = 0, 0, ""
     for lines in rows.key_rows():  # to the end: a COPY that is left in the middle leaves no connection behind
         for line in lines.splitlines(keepends=True):
-            record = parse_row(line[:-1])
-            wanted = expected.get((record.key_type, record.key_id))
-            if wanted is None:
+            record = parse_row(line[:-1]) if expected else None
+            wanted = expected.get((record.key_type, record.key_id)) if record else None
+            if record is None or wanted is None:
                 total = added(total, line)
             elif identity(buffers.normalise(record.value).data) == wanted:
                 found += 1

@@ -238,12 +238,18 @@ class Sides:
         row_identity = identity(data)
         if file is _UNTOUCHED:
             # A copy that was made of something else than this table may spell the same value differently.
-            same = _value(read_file(self._fd, name)) == row_identity
+            same = self._holds(name, row_identity)
             file = _UNTOUCHED._replace(identity=row_identity if same else base.identity)
         elif as_published and (file is None or file.identity != row_identity):
             row_identity = base.identity
         row = InDatabase(row_identity, updated_at)
         self._differences.append(_Difference(key_type, key_id, name, base, file, row, added(0, line)))
+
+    def _holds(self, name: str, row_identity: bytes) -> bool:
+        try:
+            return _value(read_file(self._fd, name)) == row_identity
+        except OSError:  # it was there a moment ago; writing it would tell
+            return False
 
     def _stays(self, digest: int) -> None:
         self._only_there += 1
@@ -342,6 +348,8 @@ class Sides:
     def _named(self, name: str) -> tuple[str, str] | None:
         """(type, id) of a new file. A type that only this database knows may have more than one hyphen."""
         named = parse_key_file_name(name)
+        if any("\ud800" <= letter <= "\udfff" for letter in name):  # bytes that are no UTF-8, so no text for a row
+            return None
         if named is None or named[0] in key_types.KNOWN:
             return named
         prefixes = [t for t in self._types if name.startswith(f"{fix_file_name(t)}-")]

@@ -9,8 +9,9 @@ from __future__ import annotations
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
+import orjson
 import psycopg
 
 from opsctl import db
@@ -63,6 +64,11 @@ class NewRow(NamedTuple):
     updated_at: str | None
     expires_at: str | None
 
+    def as_json(self, old: _Kept | None) -> dict[str, Any]:
+        """For a statement; `old` is the row in whose place it comes."""
+        created_at = old.created_at if old else self.updated_at
+        return {**self._asdict(), "value": orjson.Fragment(self.value), "created_at": created_at}
+
 
 @dataclass(frozen=True, slots=True)
 class _Kept:
@@ -113,16 +119,9 @@ class Rewriting:
         """Write keys, in place of the rows that there are; those keep the time at which they were made."""
         for some in _batches(rows):
             before = {(old.key_type, old.key_id): old for old in self._taken([row[:2] for row in some])}
-            made = [before.get(row[:2]) for row in some]
-            written = self._rows(
-                query("put_company_keys"),
-                key_types=[row.key_type for row in some],
-                key_ids=[row.key_id for row in some],
-                values=[row.value for row in some],
-                created_at=[old.created_at if old else row.updated_at for old, row in zip(made, some, strict=True)],
-                updated_at=[row.updated_at for row in some],
-                expires_at=[row.expires_at for row in some],
-            )
+            put = [row.as_json(before.get(row[:2])) for row in some]
+            # One JSON text: an array of texts would have each quote in them escaped, one by one.
+            written = self._rows(query("put_company_keys"), rows=orjson.dumps(put).decode())
             for new in written:
                 old = before.get((new.key_type, new.key_id))
                 self._keep(_archived(_KEYS, old=old.line if old else None, new=new.line))
@@ -147,7 +146,7 @@ class Rewriting:
     def _taken(self, keys: Sequence[tuple[str, ...]]) -> list[_Kept]:
         return self._rows(query("take_company_keys"), **_names(keys))
 
-    def _rows(self, statement: LiteralString, **values: Sequence[str | None]) -> list[_Kept]:
+    def _rows(self, statement: LiteralString, **values: str | Sequence[str]) -> list[_Kept]:
         return db.rows(self._connection, statement, _Kept, company_id=self._company, **values)
 
 
@@ -170,7 +169,7 @@ def rewriting(connection: db.Connection, archive: Archive, company_id: str) -> I
         raise db.translated(error) from None
 
 
-def _names(keys: Sequence[tuple[str, ...]]) -> dict[str, list[str | None]]:
+def _names(keys: Sequence[tuple[str, ...]]) -> dict[str, list[str]]:
     return {"key_types": [key[0] for key in keys], "key_ids": [key[1] for key in keys]}
 
 

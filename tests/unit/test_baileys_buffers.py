@@ -208,3 +208,8 @@ def test_double_encoding_is_left_as_it_is() -> None:
         {"type": "Buffer", "data": b64encode(b64encode(bytes(32))).decode()}, separators=(",", ":")
     ).encode()
     assert normalise(text).data == text
+
+
+@pytest.mark.parametrize("form", [StoredForm.JSON_STRINGIFY, StoredForm.BASE64, StoredForm.UINT8ARRAY])
+def test_no_bytes_at_all_are_found_again_in_every_form(form: StoredForm) -> None:
+    assert revive({"token": to_form(b"", form)}) == {"token": b""}

@@ -31,10 +31,8 @@ EXECUTED = {
 VALUES: dict[str, object] = {
     "by_age_alone": False,
     "companies": ["x"],
-    "created_at": ["2026-01-31"],
     "creds": "{}",
     "cutoff": "2026-01-31",
-    "expires_at": ["2026-01-31"],
     "first": "(0,0)",
     "kept": 1,
     "key_ids": ["x"],
@@ -51,11 +49,11 @@ VALUES: dict[str, object] = {
     "patches": ["{}"],
     "places": "{}",
     "prune_below": "{}",
+    "rows": "[]",
     "since": 1,
     "stays": [False],
     "types": ["x"],
-    "updated_at": ["2026-01-31"],
-    "values": ["{}"],
+    "updated_at": "2026-01-31",
 }
 """What a statement's parameters are read as, where it is no text."""
 
