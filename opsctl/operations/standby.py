@@ -737,11 +737,11 @@ def _sync_failure(bad: Sequence[SyncRow]) -> Failure | None:
     more = f"; and {len(bad) - 5} more" if len(bad) > 5 else ""
     held = [row.company for row in bad if row.result is Result.HELD]
     if not held:
-        return Failure("not-copied", f"{len(bad)} copies are not well: {named}{more}", "opsctl standby status")
+        return Failure("not-copied", f"copies that are not well ({len(bad)}): {named}{more}", "opsctl standby status")
     which = held[0] if len(held) == 1 else EVERYBODY
     return Failure(
         "held",
-        f"{len(bad)} copies stay as they were: {named}{more}",
+        f"copies that stay as they were ({len(bad)}): {named}{more}",
         f"opsctl standby status; only where that was meant: opsctl standby sync --accept {which}",
     )
 
@@ -878,7 +878,7 @@ def _status_failure(bad: Sequence[StatusRow]) -> Failure:
     if states == {"held"}:
         which = bad[0].company if len(bad) == 1 else EVERYBODY
         hint = f"look at the database; only where that was meant: opsctl standby sync --accept {which}"
-    return Failure(kind, f"{len(bad)} warm copies are not in order: {named}{more}", hint)
+    return Failure(kind, f"warm copies that are not in order ({len(bad)}): {named}{more}", hint)
 
 
 def _seconds_since(moment: str | None, now: datetime) -> float | None:

@@ -643,6 +643,35 @@ def test_a_standby_folder_that_others_may_look_into_is_refused(synced: Warm) -> 
     assert "chmod 700" in done.stderr
 
 
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A filesystem of four mebibytes."""
+    mount = tmp_path / "small"
+    mount.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m,mode=700", "tmpfs", mount], check=True)
+    yield mount
+    subprocess.run(["umount", "--lazy", mount], check=True)
+
+
+@needs.namespace("mount")
+def test_a_full_disk_leaves_every_copy_as_it_is_and_is_named(warm: Warm, small_disk: Path) -> None:
+    env = {"STANDBY_DIR": str(small_disk / "standby")}
+    assert warm.sync("--quiet", env=env).returncode == 0
+    store = Standby(small_disk / "standby", ENVIRONMENT)
+    warm.execute("UPDATE whatsapp_keys SET updated_at = now()")
+    subprocess.run(["dd", "if=/dev/zero", f"of={small_disk}/filler", "bs=4k"], check=False, capture_output=True)
+    done = warm.sync(env=env)
+    assert done.returncode in {1, 5}, done
+    assert "No space left" in done.stderr
+    for company in (FIRST, SECOND):
+        copy = store.copy(company)
+        assert copy is not None
+        assert copy.generation == "00000001"
+        assert store.damage(copy.path, company_id=company) is None
+    (small_disk / "filler").unlink()
+    assert warm.sync("--quiet", env=env).returncode == 0
+
+
 # A kill.
 
 
