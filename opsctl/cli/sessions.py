@@ -349,10 +349,12 @@ def verify(
 def list_(ctx: typer.Context, to: To = None, company: Companies = None) -> Report:
     """Per company: keys by type, the newest change, which sources hold it and how old they are."""
     from opsctl.operations.inventory import list_sessions
+    from opsctl.stores.standby import Standby
 
     run: Invocation = ctx.obj
     target = to.absolute() if to else run.settings.sessions_dir
-    return list_sessions(run.database(), target, companies=tuple(company or ()), journal=run.journal)
+    standby = Standby(run.settings.standby_dir, run.settings.environment)
+    return list_sessions(run.database(), target, standby=standby, companies=tuple(company or ()), journal=run.journal)
 
 
 def _owner(run: Invocation, name: str | None, target: Path) -> "Owner":

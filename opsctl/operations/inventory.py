@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from opsctl.journal import Journal
     from opsctl.stores.postgres import Snapshot
     from opsctl.stores.records import Origin
+    from opsctl.stores.standby import Standby
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +38,8 @@ class SessionRow:
     database: str = "no"
     folder: str = "no"
     folder_age: str | None = None
+    standby: str | None = None
+    """How old its warm copy is, with `held` where that is; None where there is none."""
 
 
 _COLUMNS = (
@@ -49,17 +52,19 @@ _COLUMNS = (
     Column("Folder", "folder"),
     Column("Its age", "folder_age", numeric=True),
 )
+_COLUMNS_WITH_STANDBY = (*_COLUMNS[:2], *_COLUMNS[3:], Column("Standby", "standby", numeric=True))
 
 
 def list_sessions(
     open_snapshot: Callable[[], AbstractContextManager[Snapshot]],
     target: Path,
     *,
+    standby: Standby,
     companies: tuple[str, ...],
     journal: Journal,
     now: datetime | None = None,
 ) -> Report:
-    """Every company that the database or the sessions folder knows. A database that is gone is said, with exit 1."""
+    """Every company that any source knows. A database that is gone is said, with exit 1."""
     moment = now or datetime.now(UTC)
     failure = None
     rows: dict[str, SessionRow] = {}
@@ -68,7 +73,7 @@ def list_sessions(
             rows = _from_database(snapshot, moment)
     except DatabaseUnavailable as error:
         failure = Failure(error.kind, f"the database cannot be read: {error.message}", error.hint)
-    warnings = _add_folders(rows, target, moment)
+    warnings = _add_folders(rows, target, moment) + _add_copies(rows, standby, moment)
     if companies:
         unknown = sorted(set(companies) - rows.keys())
         if unknown and failure is None:
@@ -79,7 +84,7 @@ def list_sessions(
         summary=f"{len(ordered)} companies, {sum(row.keys for row in ordered):,} keys in the database; "
         f"folders in {target}",
         rows=ordered,
-        columns=_COLUMNS,
+        columns=_COLUMNS_WITH_STANDBY if any(row.standby for row in ordered) else _COLUMNS,
         facts={"target": str(target)},
         warnings=warnings,
         details=[f"{r.company}: {', '.join(f'{n} {t}' for t, n in r.keys_by_type.items())}" for r in ordered],
@@ -121,6 +126,19 @@ def _add_folders(rows: dict[str, SessionRow], target: Path, now: datetime) -> li
         company = by_folder.get(name) or (origin.company_id if origin else name.removeprefix("company_"))
         row = rows.get(company, SessionRow(company))
         rows[company] = replace(row, folder=kind, folder_age=_age(origin.snapshot_at, now) if origin else None)
+    return []
+
+
+def _add_copies(rows: dict[str, SessionRow], standby: Standby, now: datetime) -> list[str]:
+    """Adds what the standby keeps; gives a sentence where that cannot be read."""
+    try:
+        copies = standby.copies()
+    except Refused as error:
+        return [f"the warm copies cannot be read: {error.message}"]
+    for copy in copies:
+        age = "damaged" if copy.damage else _age(copy.synced_at, now) or "unknown"
+        row = rows.get(copy.company_id, SessionRow(copy.company_id))
+        rows[copy.company_id] = replace(row, standby=f"{age}, held" if copy.held else age)
     return []
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from opsctl.errors import Refused, SourceUnavailable
 from opsctl.operations.sources import Kind
-from opsctl.report import Column, Failure, Report
+from opsctl.report import Column, Failure, Report, duration
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -78,19 +78,7 @@ class CompanyRow:
     @property
     def age(self) -> str | None:
         """`rpo_s` for people: `37 s`, `12 min`, `3 h`, `40 d`."""
-        return None if self.rpo_s is None else age_in_words(self.rpo_s)
-
-
-def age_in_words(seconds: float) -> str:
-    """An age in the largest unit that leaves two of it.
-
-    >>> age_in_words(37.4), age_in_words(720), age_in_words(3 * 86400)
-    ('37 s', '12 min', '3 d')
-    """
-    for size, unit in ((86400, "d"), (3600, "h"), (60, "min")):
-        if abs(seconds) >= 2 * size:
-            return f"{seconds / size:.0f} {unit}"
-    return f"{seconds:.0f} s"
+        return None if self.rpo_s is None else duration(self.rpo_s)
 
 
 _COLUMNS = (
@@ -241,7 +229,7 @@ def _stale_warning(rows: Sequence[CompanyRow], source: str, wish: Wish) -> str:
         )
     oldest = max((row.rpo_s or 0.0 for row in rows), default=0.0)
     return (
-        f"the copies from the {source} are possibly stale, because what was written after them ({age_in_words(oldest)} "
+        f"the copies from the {source} are possibly stale, because what was written after them ({duration(oldest)} "
         f"ago or less) is missing: {chats}"
     )
 
@@ -311,7 +299,9 @@ def _next_lines(wish: Wish, done: Sequence[CompanyRow]) -> list[str]:
         "# in the service's .env: USE_REPOSITORY_PATTERN=false,",
         "#   USE_DATABASE_AUTH_STATE=false, USE_LEGACY_SUPABASE=false",
         "pm2 restart baileys-whatsapp-service --update-env",
-        "# from here on these folders are the truth: the service must not start",
-        "# on PostgreSQL again before its rows are brought up to date; until then:",
+        "# from here on these folders are the truth: the service must not start on",
+        "# PostgreSQL again before its rows are brought up to date from them, with",
+        f"opsctl sessions failback --from {target} --dry-run",
+        "# and if the service was not started on them:",
         f"opsctl sessions undo --to {target}",
     ]

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from opsctl.baileys.filenames import CREDS_FILE
+from opsctl.operations.fleet import seed_fleet
 from opsctl.stores.folder import Holding, contents, opened
 from tests import needs
 from tests.integration.fleet import FIRST, SECOND, Fleet, results, rows_of, unchanged
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from tests.conftest import Finished
 
 DECISION_S = 5.0
+PUBLISHED_S = 5.0
 
 
 @pytest.fixture
@@ -323,6 +325,37 @@ def test_stale_keys_are_left_out_of_the_ready_copy_too(fleet: Fleet, standby: Pa
     assert not list(fleet.folder().glob("sender-key-memory-*.json"))
     assert whole(fleet)
     assert all(row["dropped_keys"] > 0 for row in document["rows"])
+
+
+def test_the_list_says_how_old_each_warm_copy_is_and_which_are_held(fleet: Fleet, standby: Path) -> None:
+    fleet.database.execute("DELETE FROM whatsapp_auth WHERE company_id = %s", [FIRST])
+    assert fleet.opsctl("standby", "sync").returncode == 1
+    rows = rows_of(fleet.listing("--json"))
+    assert rows[FIRST]["standby"].endswith(" s, held")
+    assert rows[SECOND]["standby"].endswith(" s")
+    lines = fleet.listing().stdout.splitlines()
+    assert lines[0].split()[-1] == "Standby"
+    assert max(map(len, lines[:4])) <= 80
+
+
+def test_twenty_companies_are_verified_and_published_from_the_standby_within_five_seconds(empty_fleet: Fleet) -> None:
+    with empty_fleet.database.connect(autocommit=False) as connection:
+        seed_fleet(connection, companies=20, keys_per_company=2317, seed=1, key_pair_pool=8)
+    env = {**empty_fleet.env, "STANDBY_DIR": str(empty_fleet.place / "standby")}
+    assert empty_fleet.run_opsctl("standby", "sync", env=env, timeout=300).returncode == 0
+    refuse(empty_fleet)
+    env["DATABASE_URL"] = empty_fleet.env["DATABASE_URL"]
+    # Not through the fleet's own way to run it, which looks at every one of 140,000 files afterwards.
+    document = empty_fleet.run_opsctl("sessions", "restore", "--to", empty_fleet.target, "--json", env=env).json()
+    assert set(results(document).values()) == {"restored"}
+    assert sum(row["keys"] for row in document["rows"]) == 20 * 2317
+    seconds = {step["name"]: step["seconds"] for step in document["rto"]["steps"]}
+    # From the decision on: until then a refused connection was tried again.
+    assert document["rto"]["elapsed_s"] - seconds["ask every source"] <= PUBLISHED_S
+    assert seconds["publish"] <= 0.1
+    assert document["rto"]["elapsed_s"] <= 15
+    ready = [path for path in (empty_fleet.place / "standby").glob("company_*/ready") if (path / CREDS_FILE).is_file()]
+    assert len(ready) == 20
 
 
 # --- replica and cache ------------------------------------------------------------------------------------------------
