@@ -620,16 +620,17 @@ def test_on_a_terminal_it_is_redrawn_with_its_trend_until_ctrl_c(fleet: Fleet) -
         start_new_session=True,
     ) as process:
         os.close(slave)
-        screen = ""
-        while screen.count("Ctrl-C ends it") < 3:
-            screen += os.read(master, 65536).decode()
+        drawn = b""  # a piece may end within a character
+        while drawn.count(b"Ctrl-C ends it") < 3:
+            drawn += os.read(master, 65536)
         process.send_signal(signal.SIGINT)
         try:
             while piece := os.read(master, 65536):
-                screen += piece.decode()
+                drawn += piece
         except OSError:
             pass
         os.close(master)
+    screen = drawn.decode()
     assert process.returncode == 130
     assert "▁▁▁" in screen
     assert "Trend" in screen
