@@ -86,7 +86,8 @@ def test_each_company_is_shown_with_its_age_its_validity_and_an_account_that_nob
         FIRST: ("valid", "ok", False),
         SECOND: ("expired", "ok", False),
     }
-    assert (rows[SECOND]["age"], rows[SECOND]["of_ttl"]) == ("10 min", "200%")
+    assert rows[SECOND]["age"] == "10 min"
+    assert re.fullmatch("20[0-9]%", rows[SECOND]["of_ttl"])
     assert re.fullmatch("[0-9a-f]{12}", rows[FIRST]["account"])
     assert rows[FIRST]["account"] != rows[SECOND]["account"]
     facts = done.json()["facts"]
@@ -230,7 +231,7 @@ def test_ten_thousand_fuzzed_files_give_neither_a_traceback_nor_a_secret(app: Fl
     for company, entry in json.loads(file_of(app).read_bytes()).items():
         few = ("me", "noiseKey", "advSecretKey", "nextPreKeyId")  # what is proven of the rest takes its time
         change(app, company, creds={name: entry["creds"][name] for name in few})
-    whole = file_of(app).read_bytes()
+    whole = json.dumps(json.loads(file_of(app).read_bytes())).encode()
     secrets = {s.encode() for s in app.secrets} | set(re.findall(rb'"(?:private|public)":[^\]]*\]', whole))
     path = app.place / "fuzzed.json"
     source = random.Random(6)
