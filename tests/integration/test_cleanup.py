@@ -504,7 +504,9 @@ def test_a_server_that_goes_down_in_the_middle_loses_no_row(
         if how == "kill":
             server.restart()
         gone = before - keys_of(database)
-        assert 0 < len(gone) < 3_000
+        # A server that was killed may forget its last commits: then there are rows again that are archived too.
+        assert how == "kill" or gone
+        assert len(gone) < 3_000
         assert gone <= archived_keys(fleet)
         finished(fleet)
         assert keys_of(database) == set()
