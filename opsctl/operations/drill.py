@@ -11,7 +11,7 @@ import random
 import shutil
 import tempfile
 import time
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -114,7 +114,10 @@ def _scratch_folder(parent: Path | None) -> Iterator[Path]:
     try:
         yield folder
     finally:
-        shutil.rmtree(folder)
+        while folder.exists():
+            # What was killed with us may be removing files of its own for an instant longer.
+            with suppress(FileNotFoundError):
+                shutil.rmtree(folder)
 
 
 def _rehearse(
