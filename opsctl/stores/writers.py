@@ -359,24 +359,28 @@ class _Writer:
             message = self._connection.recv()
             if isinstance(message, Verify):
                 self._connection.send(self._verified(message))
-                continue
-            order = message.order if isinstance(message, Adopt) else message
-            with self._folder(order.folder, made=not isinstance(message, Adopt) or message.copy is not None) as folder:
-                writer = CompanyWriter(order, folder)
-                try:
-                    if isinstance(message, Adopt):
-                        self._adopt(message, writer, folder)
-                    else:
-                        self._rows(writer)
-                except CopyDamaged as error:
-                    self._connection.send(Aborted(order.origin.company_id, str(error)))
-                    continue
-                self._connection.send(writer.finish())
-                if folder is None:
-                    comparison = _Comparison(self._there(order.origin.company_id, order.folder))
-                    for name, digest in writer.digests():
-                        comparison.visit(name, digest)
-                    self._connection.send(comparison.result(order.origin.company_id, None))
+            else:
+                self._company(message)
+
+    def _company(self, message: Order | Adopt) -> None:
+        # Of its own, so that nothing of a company stays in memory after it.
+        order = message.order if isinstance(message, Adopt) else message
+        with self._folder(order.folder, made=not isinstance(message, Adopt) or message.copy is not None) as folder:
+            writer = CompanyWriter(order, folder)
+            try:
+                if isinstance(message, Adopt):
+                    self._adopt(message, writer, folder)
+                else:
+                    self._rows(writer)
+            except CopyDamaged as error:
+                self._connection.send(Aborted(order.origin.company_id, str(error)))
+                return
+            self._connection.send(writer.finish())
+            if folder is None:
+                comparison = _Comparison(self._there(order.origin.company_id, order.folder))
+                for name, digest in writer.digests():
+                    comparison.visit(name, digest)
+                self._connection.send(comparison.result(order.origin.company_id, None))
 
     @contextlib.contextmanager
     def _folder(self, name: str, *, made: bool) -> Iterator[int | None]:
