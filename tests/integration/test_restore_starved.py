@@ -68,7 +68,7 @@ def test_one_connection_of_a_role_that_may_only_read_the_two_tables_is_enough(
 
 def test_a_second_connection_is_not_there_to_be_had(fleet: Fleet, role: str) -> None:
     fleet.database.execute(f"ALTER ROLE {role} CONNECTION LIMIT 1")
-    with psycopg.connect(fleet.database.conninfo, user=role), closing_in(1.5):
+    with psycopg.connect(fleet.database.conninfo, user=role), closing_in(4):
         fleet.refused(4, "the server has no free connection")
 
 
