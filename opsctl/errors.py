@@ -4,6 +4,23 @@ A message is one sentence in lower case without a full stop, names the thing and
 line to type; `kind` is the stable word that alerts are grouped by.
 """
 
+EXIT_CODES = {
+    0: "done; warnings too",
+    1: "it worked, and the world is not well",
+    2: "usage",
+    3: "settings",
+    4: "no usable source",
+    5: "refused, nothing changed",
+    6: "half done: look first",
+    70: "a bug in opsctl",
+    75: "another run holds the lock",
+    129: "stopped by SIGHUP",
+    130: "stopped by SIGINT",
+    141: "its reader went away",
+    143: "stopped by SIGTERM",
+}
+"""Every code that a command ends with; `db health --nagios` alone has those of monitoring plugins."""
+
 
 class OpsctlError(Exception):
     """An expected failure. Subclasses say which move comes next."""

@@ -88,6 +88,8 @@ class Report:
     """Whole sentences that everybody reads and that are nothing to worry about."""
     warnings: Sequence[str] = ()
     next_lines: Sequence[str] = ()
+    page: Sequence[str] = ()
+    """Lines to be read as they stand, before the summary."""
     details: Sequence[str] = ()
     """Sentences only `--verbose` prints."""
     exit_code: int = 0

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 import opsctl
-from opsctl.cli import cache, config, db, drill, frame, keys, sessions, standby, triage
+from opsctl.cli import cache, config, db, drill, frame, keys, runbook, sessions, standby, triage
 
 EMERGENCY = """\
 PostgreSQL is down and WhatsApp with it? In this order:
@@ -32,6 +32,7 @@ app.add_typer(standby.app, name="standby")
 app.add_typer(cache.app, name="cache")
 app.add_typer(keys.app, name="keys")
 app.add_typer(drill.app, name="drill")
+app.add_typer(runbook.app, name="runbook")
 app.add_typer(config.app, name="config")
 
 

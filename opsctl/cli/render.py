@@ -77,8 +77,8 @@ def as_text(ending: Ending, *, quiet: bool, verbose: bool) -> None:
 
 
 def lines(report: Report, *, verbose: bool) -> list[str]:
-    """The table, the summary and the warnings."""
-    out: list[str] = []
+    """The page, the table, the summary and the warnings."""
+    out: list[str] = [clean(line) for line in report.page]
     if report.rows and report.columns:
         out += [_drawn(table(report)).rstrip("\n")]
     if report.failure is None or report.summary != report.failure.message:  # which stderr says
@@ -111,7 +111,8 @@ def _complain(ending: Ending, *, one_line: bool) -> None:
         if hint:
             lines.append(f"  next: {clean(hint)}")
         if failure and failure.runbook:
-            lines.append(f"  runbook: {clean(failure.runbook)}")
+            page = failure.runbook.removeprefix("runbooks/").replace(".md", "", 1)
+            lines.append(f"  runbook: opsctl runbook show {clean(page)}")
     with suppress(OSError):  # where nobody listens any more the exit code still speaks
         sys.stderr.write("\n".join(lines) + "\n")
 

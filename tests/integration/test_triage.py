@@ -221,7 +221,7 @@ def test_refused(scene: Scene) -> None:
     assert found["next"] == ["pm2 stop SERVICES", "opsctl sessions restore --service-stopped"]
     text = scene.fleet.opsctl("triage", env={"DATABASE_URL": url})
     assert "next: pm2 stop SERVICES" in text.stderr
-    assert "runbook: runbooks/1-postgresql-unreachable.md#the-lines-to-type" in text.stderr
+    assert "runbook: opsctl runbook show 1-postgresql-unreachable#the-lines-to-type" in text.stderr
     assert "sessions folder" not in text.stdout  # what is sound is for --verbose
 
 

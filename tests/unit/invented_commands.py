@@ -66,7 +66,9 @@ ending("warned", lambda run: Report("restored", warnings=["one key was odd"]))
 
 
 def failing(code: int) -> None:
-    failure = Failure("invented", f"it ended with {code}", hint="opsctl triage", runbook="1 PostgreSQL unreachable")
+    failure = Failure(
+        "invented", f"it ended with {code}", hint="opsctl triage", runbook="runbooks/1-postgresql-unreachable.md"
+    )
     ending(f"code-{code}", lambda run: Report(failure.message, exit_code=code, failure=failure))
 
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import re
-import shlex
+import tomllib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import pytest
-
 from docs import screenshots
 from opsctl import errors
+from opsctl.cli import tree
+from opsctl.operations.markdown_lines import opsctl_lines
 from opsctl.settings import env_example
 
 if TYPE_CHECKING:
@@ -20,39 +21,44 @@ ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "runbooks").glob("*.md"))]
 
 
-def _lines() -> list[str]:
-    found = {
-        line.strip().split("#")[0].strip()
-        for page in PAGES
-        for line in page.read_text(encoding="utf-8").splitlines()
-        if line.strip().startswith("opsctl ")
+def test_every_line_of_the_pages_is_one_that_opsctl_takes(run_opsctl: RunOpsctl) -> None:
+    done = run_opsctl("runbook", "check", *PAGES)
+    assert done.returncode == 0, done.stdout
+
+
+def test_every_example_of_a_help_text_is_one_that_opsctl_takes() -> None:
+    examples = {
+        line.text: line.words
+        for name, command in tree.commands()
+        for example in command.epilog.splitlines()
+        for line in opsctl_lines(name, "    " + re.split(" {3,}", example.strip())[0])
     }
-    return sorted(found)
+    assert len(examples) > 60
+    assert {text: wrong for text, words in examples.items() if (wrong := tree.problem(words, typed=True))} == {}
 
 
-@pytest.mark.parametrize("line", _lines())
-def test_every_line_of_the_pages_is_one_that_opsctl_takes(line: str, run_opsctl: RunOpsctl) -> None:
-    # The words are parsed, flags and all, before --help is answered.
-    done = run_opsctl(*shlex.split(line)[1:], "--help")
-    assert done.returncode == 0, f"{line}: {done.stderr}"
-
-
-def test_a_flag_that_does_not_exist_would_be_found(run_opsctl: RunOpsctl) -> None:
-    assert run_opsctl("sessions", "restore", "--no-such-flag", "--help").returncode == 2
-
-
-def test_every_command_is_named_by_a_page(run_opsctl: RunOpsctl) -> None:
+def test_every_command_is_named_by_a_page() -> None:
     text = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
-    for group in ("sessions", "keys", "cache", "db", "drill", "config", "standby"):
-        listed = run_opsctl(group, "--help").stdout.partition("Commands:")[2]
-        for name in re.findall(r"^  (\w+)", listed, re.MULTILINE):
-            assert f"opsctl {group} {name}" in text
+    assert [name for name, _ in tree.commands() if f"opsctl {name}" not in text] == []
+
+
+def test_every_file_of_the_package_is_shipped() -> None:
+    with (ROOT / "pyproject.toml").open("rb") as file:
+        patterns = tomllib.load(file)["tool"]["setuptools"]["package-data"]["opsctl"]
+    package = ROOT / "opsctl"
+    shipped = {path for pattern in patterns for path in package.glob(pattern)}
+    files = {Path(folder, name) for folder, _, names in os.walk(package, followlinks=True) for name in names}
+    assert {path for path in files if path.suffix not in {".py", ".pyc"}} == shipped
+    assert package / "runbooks" / "1-postgresql-unreachable.md" in shipped
 
 
 def test_the_readme_has_the_exit_code_of_every_error() -> None:
-    table = set(map(int, re.findall(r"^\| (\d+) \|", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE)))
+    rows = re.findall(r"^\| ([\d, ]+) \| (.*) \|$", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
+    table = {int(code): meaning for codes, meaning in rows for code in codes.split(",")}
+    assert table.keys() == errors.EXIT_CODES.keys()
+    assert all(table[code] == errors.EXIT_CODES[code] for code in range(128) if code in table)
     classes = [c for c in vars(errors).values() if isinstance(c, type) and issubclass(c, errors.OpsctlError)]
-    assert {c.exit_code for c in classes} <= table
+    assert {c.exit_code for c in classes} <= table.keys()
 
 
 def test_the_quick_start_has_exactly_two_lines() -> None:

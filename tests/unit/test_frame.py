@@ -163,7 +163,8 @@ def test_a_report_may_end_with_1_5_or_6_and_says_why_on_stderr(place: Place, cod
     done = place.run("group", f"code-{code}")
     assert (done.returncode, done.stdout) == (code, "")
     assert done.stderr == (
-        f"opsctl group code-{code}: it ended with {code}\n  next: opsctl triage\n  runbook: 1 PostgreSQL unreachable\n"
+        f"opsctl group code-{code}: it ended with {code}\n  next: opsctl triage\n"
+        "  runbook: opsctl runbook show 1-postgresql-unreachable\n"
     )
     document = place.json("group", f"code-{code}")
     assert document["outcome"] == "failed"
@@ -171,7 +172,7 @@ def test_a_report_may_end_with_1_5_or_6_and_says_why_on_stderr(place: Place, cod
         "kind": "invented",
         "message": f"it ended with {code}",
         "hint": "opsctl triage",
-        "runbook": "1 PostgreSQL unreachable",
+        "runbook": "runbooks/1-postgresql-unreachable.md",
     }
 
 
