@@ -137,6 +137,11 @@ class Ending:
         """The process's exit code."""
         return self.report.exit_code
 
+    @property
+    def kind(self) -> str:
+        """The stable word that alerts are grouped by."""
+        return self.report.failure.kind if self.report.failure else str(self.report.outcome)
+
     def envelope(self) -> dict[str, Any]:
         """The one JSON document of `--json`; keys are only ever added."""
         report = self.report

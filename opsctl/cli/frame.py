@@ -303,12 +303,18 @@ class _Frame:
         ending = self._ending(self._report_of(work))
         with _never_in_the_way("kept in the history"):
             self._keep(ending)
-        with _never_in_the_way("reported"):
-            ending = self._alert(ending)
         run = self.invocation
-        if run.plugin:
-            return _deliver_to_plugin_host(ending.report)
-        return _deliver(ending, json=run.json, quiet=run.quiet, verbose=run.verbose)
+        if run.json and not run.plugin:  # the one document names the event
+            with _never_in_the_way("reported"):
+                ending = replace(ending, sentry_event_id=self._notify(ending))
+            return _deliver(ending, json=True, quiet=run.quiet, verbose=run.verbose)
+        try:
+            if run.plugin:
+                return _deliver_to_plugin_host(ending.report)
+            return _deliver(ending, json=False, quiet=run.quiet, verbose=run.verbose)
+        finally:  # nobody waits for the answer until others have been told
+            with _never_in_the_way("reported"):
+                self._notify(ending)
 
     def _emit(self, report: Report) -> None:
         """Print one of several reports; a reader that went away (`| head -1`) ends the run."""
@@ -392,23 +398,19 @@ class _Frame:
             },
         )
 
-    def _alert(self, ending: Ending) -> Ending:
-        nobody_watches = not sys.stderr.isatty()
-        wanted = ending.exit_code in {1, 4, 6, 70} or (ending.exit_code in {3, 5} and nobody_watches)
-        wanted = wanted or ending.report.noteworthy
+    def _notify(self, ending: Ending) -> str | None:
+        """Tell others, also what earlier runs could not; gives the id of the event that Sentry has taken."""
         try:
             settings = self.invocation.raw_settings
         except SettingsError:
-            return ending
+            return None
         if not settings["SENTRY_DSN"] or not self.reports_failures:
-            return ending
-        from opsctl import sentry
+            return None
+        from opsctl.notify import Notices
 
-        if wanted:
-            return replace(ending, sentry_event_id=sentry.report_failure(ending, settings))
-        if nobody_watches:  # what an earlier run could not deliver leaves with the next job, not with the next failure
-            sentry.deliver_spooled(settings)
-        return ending
+        nobody_watches = not sys.stderr.isatty()
+        alarming = ending.exit_code in {1, 4, 6, 70} or (ending.exit_code in {3, 5} and nobody_watches)
+        return Notices(settings).end(ending, event=alarming or ending.report.noteworthy)
 
 
 @contextmanager

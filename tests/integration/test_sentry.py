@@ -27,8 +27,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import opsctl
-from opsctl import sentry, settings
+from opsctl import scrub, sentry, settings, spool
 from opsctl.errors import SettingsError
+from opsctl.notify import Notices
 from opsctl.report import Ending, Failure, Report
 
 if TYPE_CHECKING:
@@ -201,6 +202,14 @@ def settings_of(dsn: str, state: Path, **more: str) -> settings.Settings:
     return settings.load(environ={"SENTRY_DSN": dsn, "OPSCTL_STATE_DIR": str(state), **more})
 
 
+def report(ended: Ending, of: settings.Settings) -> str | None:
+    return Notices(of).end(ended, event=True)
+
+
+def deliver_spooled(of: settings.Settings) -> None:
+    Notices(of).end(replace(ending(), report=Report("done")), event=False)
+
+
 def ending(*, emergency: bool = True, exit_code: int = 4, kind: str = "no-source", command: str = "restore") -> Ending:
     failure = Failure(kind, "no source is left", "opsctl triage")
     report = Report(failure.message, exit_code=exit_code, failure=failure)
@@ -208,7 +217,7 @@ def ending(*, emergency: bool = True, exit_code: int = 4, kind: str = "no-source
 
 
 def spooled(state: Path) -> list[Path]:
-    return sorted((state / "spool").iterdir()) if (state / "spool").exists() else []
+    return sorted((state / "spool").glob("sentry/*"))
 
 
 @dataclass(frozen=True)
@@ -321,7 +330,7 @@ def test_no_planted_secret_is_in_any_byte_that_leaves_or_stays(
     [sent], [kept] = recorder.received, spooled(state)
     for content in (sent, kept.read_bytes()):
         assert b'"message"' in content
-        assert sentry.MASK.encode() in content
+        assert scrub.MASK.encode() in content
         for secret in PLANTED:
             for spelling in (secret, json.dumps(secret)[1:-1], repr(secret)[1:-1]):
                 assert spelling.encode() not in content, spelling
@@ -330,8 +339,8 @@ def test_no_planted_secret_is_in_any_byte_that_leaves_or_stays(
 @given(secret=st.text(min_size=4, max_size=30), before=st.text(max_size=9), after=st.text(max_size=9))
 def test_a_known_secret_leaves_in_no_spelling(secret: str, before: str, after: str) -> None:
     text = " ".join((secret, quote(secret, safe=""), json.dumps(secret))) if secret.isprintable() else secret
-    clean = sentry.scrubbed([before + text + after], [secret.encode(errors="replace").decode()])[0]
-    assert all(secret not in part for part in clean.split(sentry.MASK))
+    clean = scrub.scrubbed([before + text + after], [secret.encode(errors="replace").decode()])[0]
+    assert all(secret not in part for part in clean.split(scrub.MASK))
 
 
 @given(key=st.binary(min_size=32, max_size=99), encode=st.sampled_from([base64.b64encode, base64.urlsafe_b64encode]))
@@ -340,7 +349,7 @@ def test_thirty_two_bytes_of_key_never_leave(key: bytes, encode: Callable[[bytes
     if blob == blob.lower():
         return
     for text in (blob, f'{{"keyData":"{blob}"}}', f"torn: {blob}", json.dumps(json.dumps({"a": blob})), key.hex()):
-        clean = sentry.scrubbed(text, [])
+        clean = scrub.scrubbed(text, [])
         assert blob[:20] not in clean
         assert key.hex()[:20] not in clean
 
@@ -362,11 +371,11 @@ def test_thirty_two_bytes_of_key_never_leave(key: bytes, encode: Callable[[bytes
     ],
 )
 def test_what_looks_like_a_secret_is_masked_and_the_rest_stays(text: str, clean: str | None) -> None:
-    assert sentry.scrubbed(text, []) == (text if clean is None else clean)
+    assert scrub.scrubbed(text, []) == (text if clean is None else clean)
 
 
 def test_a_text_that_is_too_long_to_be_looked_through_does_not_leave() -> None:
-    assert sentry.scrubbed("x" * 8193, []) == "[a text of 8193 characters]"
+    assert scrub.scrubbed("x" * 8193, []) == "[a text of 8193 characters]"
 
 
 @pytest.mark.parametrize(
@@ -374,22 +383,22 @@ def test_a_text_that_is_too_long_to_be_looked_through_does_not_leave() -> None:
 )
 def test_no_text_takes_long_to_scrub(part: str) -> None:
     started = time.thread_time()
-    sentry.scrubbed((part * 8192)[:8192], [])
+    scrub.scrubbed((part * 8192)[:8192], [])
     assert time.thread_time() - started < 0.5
 
 
 @pytest.mark.parametrize("password", ["a", "0", "-", '"', "e"])
 def test_a_short_password_leaves_the_event_readable(password: str, state: Path, kent: Kent) -> None:
-    event_id = sentry.report_failure(ending(), settings_of(kent.dsn, state, POSTGRES_PASSWORD=password))
+    event_id = report(ending(), settings_of(kent.dsn, state, POSTGRES_PASSWORD=password))
     [event] = kent.events()
     assert event["event_id"] == event_id
     assert event["level"] == "fatal"
-    assert password not in event["message"].replace(sentry.MASK, "")
+    assert password not in event["message"].replace(scrub.MASK, "")
 
 
 def test_options_that_json_does_not_know_arrive_as_words(state: Path, kent: Kent) -> None:
     options = {"to": Path("/srv/b\udcff"), "company": ("7", "9"), "deadline": float("nan"), "max_rows": 5}
-    assert sentry.report_failure(replace(ending(), options=options), settings_of(kent.dsn, state))
+    assert report(replace(ending(), options=options), settings_of(kent.dsn, state))
     [event] = kent.events()
     assert event["contexts"]["options"] == {
         "to": "/srv/b?",
@@ -411,7 +420,7 @@ def test_an_ipv6_address_is_reached(state: Path) -> None:
     except OSError:
         pytest.skip("no IPv6 here")
     with recording("::1", socket.AF_INET6) as recorder:
-        assert sentry.report_failure(ending(), settings_of(f"http://k@[::1]:{recorder.port}/1", state))
+        assert report(ending(), settings_of(f"http://k@[::1]:{recorder.port}/1", state))
         assert len(recorder.received) == 1
 
 
@@ -494,6 +503,22 @@ def test_an_endpoint_that_hangs_adds_two_seconds_at_most_and_changes_nothing(
     assert spooled(state)
 
 
+@pytest.mark.parametrize("words", [("restore",), ("restore", "--quiet")])
+def test_the_answer_is_printed_before_anybody_else_is_told(
+    words: tuple[str, ...], run: Callable[..., Finished], tmp_path: Path, state: Path
+) -> None:
+    env = {**os.environ, "PYTHONPATH": str(Path(opsctl.__file__).parents[1]), "OPSCTL_STATE_DIR": str(state)}
+    with accepts_and_never_answers() as dsn:
+        program = [sys.executable, str(tmp_path / "program.py"), *words]
+        with subprocess.Popen(program, env={**env, "SENTRY_DSN": dsn}, cwd=tmp_path, stderr=subprocess.PIPE) as process:
+            assert process.stderr
+            while b"no source is left" not in process.stderr.readline():
+                assert process.poll() is None
+            told = time.monotonic()
+            assert process.wait() == 4
+            assert time.monotonic() - told > 1.0
+
+
 def test_a_resolver_that_hangs_adds_two_seconds_at_most(run: Callable[..., Finished], tmp_path: Path) -> None:
     can = subprocess.run(["unshare", "-m", "true"], check=False, capture_output=True).returncode == 0
     if not can:
@@ -522,7 +547,7 @@ def test_an_endpoint_that_refuses_or_fails_costs_no_waiting(run: Callable[..., F
 def test_a_body_that_drips_is_not_waited_for(state: Path) -> None:
     with drips(b"HTTP/1.1 200 OK\r\nContent-Length: 99\r\n\r\n") as dsn:
         started = time.monotonic()
-        assert sentry.report_failure(ending(), settings_of(dsn, state))
+        assert report(ending(), settings_of(dsn, state))
         assert time.monotonic() - started < 1.5
     assert spooled(state) == []
 
@@ -533,13 +558,13 @@ def test_a_body_that_drips_is_not_waited_for(state: Path) -> None:
      "http://ключ@127.0.0.1:1/1", "http://k@/1"],
 )  # fmt: skip
 def test_a_malformed_dsn_is_nobody_s_problem(dsn: str, state: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    assert sentry.report_failure(ending(), settings_of(dsn, state)) is None
+    assert report(ending(), settings_of(dsn, state)) is None
     assert capfd.readouterr() == ("", "")
 
 
 def test_a_state_folder_that_cannot_be_written_stops_nothing(state: Path, kent: Kent) -> None:
     state.write_text("a file where the folder should be")
-    assert sentry.report_failure(ending(emergency=False), settings_of(kent.dsn, state))
+    assert report(ending(emergency=False), settings_of(kent.dsn, state))
     assert len(kent.events()) == 1
 
 
@@ -548,7 +573,7 @@ def test_without_any_state_folder_the_event_is_sent(state: Path, kent: Kent, mon
         raise SettingsError("this user has no home, and OPSCTL_STATE_DIR is not set")
 
     monkeypatch.setattr(settings.Settings, "state_dir", property(nowhere))
-    assert sentry.report_failure(ending(emergency=False), settings_of(kent.dsn, state))
+    assert report(ending(emergency=False), settings_of(kent.dsn, state))
     assert len(kent.events()) == 1
 
 
@@ -567,7 +592,8 @@ def test_what_was_not_answered_is_kept_and_delivered_once_under_the_same_id(
     assert json.loads(done.stdout)["sentry_event_id"] is None
     [kept] = spooled(state)
     assert stat.S_IMODE(kept.stat().st_mode) == 0o600
-    assert stat.S_IMODE(kept.parent.stat().st_mode) == 0o700
+    for folder in (kept.parent, state / "spool", state):
+        assert stat.S_IMODE(folder.stat().st_mode) == 0o700
     event_id = kept.name.rpartition("-")[2]
 
     assert json.loads(run("restore", "--json", dsn=kent.dsn).stdout)["sentry_event_id"] != event_id
@@ -579,17 +605,17 @@ def test_what_was_not_answered_is_kept_and_delivered_once_under_the_same_id(
 
 def test_a_failure_in_its_cooldown_still_delivers_what_waits(state: Path, kent: Kent) -> None:
     daily = ending(emergency=False)
-    assert sentry.report_failure(daily, settings_of(f"http://k@127.0.0.1:{free_port()}/1", state)) is None
+    assert report(daily, settings_of(f"http://k@127.0.0.1:{free_port()}/1", state)) is None
     [kept] = spooled(state)
-    assert sentry.report_failure(daily, settings_of(kent.dsn, state)) is None
+    assert report(daily, settings_of(kent.dsn, state)) is None
     assert [e["event_id"] for e in kent.events()] == [kept.name.rpartition("-")[2]]
 
 
 def test_the_spool_can_be_delivered_without_a_new_failure(state: Path, kent: Kent) -> None:
     for _ in range(3):
-        sentry.report_failure(ending(), settings_of(f"http://k@127.0.0.1:{free_port()}/1", state))
+        report(ending(), settings_of(f"http://k@127.0.0.1:{free_port()}/1", state))
     ids = [p.name.rpartition("-")[2] for p in spooled(state)]
-    sentry.deliver_spooled(settings_of(kent.dsn, state))
+    deliver_spooled(settings_of(kent.dsn, state))
     assert [e["event_id"] for e in kent.events()] == ids
     assert spooled(state) == []
 
@@ -597,31 +623,51 @@ def test_the_spool_can_be_delivered_without_a_new_failure(state: Path, kent: Ken
 @pytest.mark.parametrize("status", [400, 401, 403, 413])
 def test_a_final_no_is_not_asked_again(status: int, state: Path, recorder: Recorder) -> None:
     recorder.status = status
-    assert sentry.report_failure(ending(), settings_of(recorder.dsn, state)) is None
+    assert report(ending(), settings_of(recorder.dsn, state)) is None
     assert spooled(state) == []
     recorder.status = 200
-    sentry.deliver_spooled(settings_of(recorder.dsn, state))
+    deliver_spooled(settings_of(recorder.dsn, state))
     assert len(recorder.received) == 1
 
 
 def test_the_spool_is_bounded_and_drops_the_oldest(state: Path) -> None:
     nowhere = settings_of(f"http://k@127.0.0.1:{free_port()}/1", state)
-    sentry.report_failure(ending(), nowhere)
+    report(ending(), nowhere)
     [oldest] = spooled(state)
-    for _ in range(sentry.SPOOL_LIMIT):
-        sentry.report_failure(ending(), nowhere)
-    assert len(spooled(state)) == sentry.SPOOL_LIMIT
+    for _ in range(spool.LIMIT):
+        report(ending(), nowhere)
+    assert len(spooled(state)) == spool.LIMIT
     assert not oldest.exists()
 
 
+def test_a_week_old_event_is_news_to_nobody(state: Path, kent: Kent) -> None:
+    report(ending(), settings_of(f"http://k@127.0.0.1:{free_port()}/1", state))
+    [kept] = spooled(state)
+    written_ns, _, event_id = kept.name.partition("-")
+    kept.rename(kept.with_name(f"{int(written_ns) - int(spool.LONGEST_S + 60) * 10**9}-{event_id}"))
+    deliver_spooled(settings_of(kent.dsn, state))
+    assert kent.events() == []
+    assert spooled(state) == []
+
+
+def test_what_somebody_else_put_into_the_spool_stops_nothing(state: Path, kent: Kent) -> None:
+    folder = state / "spool" / "sentry"
+    folder.mkdir(parents=True)
+    for name in ("0-notes", "notes.txt", "12", "1e5-x"):
+        (folder / name).mkdir()
+    report(ending(), settings_of(f"http://k@127.0.0.1:{free_port()}/1", state))
+    deliver_spooled(settings_of(kent.dsn, state))
+    assert len(kent.events()) == 1
+
+
 def test_two_runs_never_deliver_the_same_envelope(state: Path, kent: Kent) -> None:
-    sentry.report_failure(ending(), settings_of(f"http://k@127.0.0.1:{free_port()}/1", state))
+    report(ending(), settings_of(f"http://k@127.0.0.1:{free_port()}/1", state))
     [kept] = spooled(state)
     with kept.open("rb") as other_run:
         fcntl.flock(other_run, fcntl.LOCK_EX)
-        sentry.deliver_spooled(settings_of(kent.dsn, state))
+        deliver_spooled(settings_of(kent.dsn, state))
         assert kent.events() == []
-    sentry.deliver_spooled(settings_of(kent.dsn, state))
+    deliver_spooled(settings_of(kent.dsn, state))
     assert len(kent.events()) == 1
 
 
@@ -635,7 +681,7 @@ def test_a_run_killed_while_it_waits_for_an_answer_loses_no_event(
             for _ in itertools.takewhile(lambda _: not spooled(state), range(500)):
                 time.sleep(0.01)
             process.send_signal(signal.SIGKILL)
-    sentry.deliver_spooled(settings_of(kent.dsn, state))
+    deliver_spooled(settings_of(kent.dsn, state))
     assert [e["tags"]["command"] for e in kent.events()] == ["sync"]
 
 
@@ -645,17 +691,17 @@ def test_a_run_killed_while_it_waits_for_an_answer_loses_no_event(
 def test_the_same_command_and_kind_is_reported_once_in_thirty_minutes(state: Path, kent: Kent) -> None:
     there = settings_of(kent.dsn, state)
     daily = ending(emergency=False, command="standby sync")
-    assert sentry.report_failure(daily, there)
-    assert sentry.report_failure(daily, there) is None
-    assert sentry.report_failure(ending(emergency=False, command="standby sync", kind="half-done"), there)
-    assert sentry.report_failure(ending(emergency=False, command="keys cleanup"), there)
+    assert report(daily, there)
+    assert report(daily, there) is None
+    assert report(ending(emergency=False, command="standby sync", kind="half-done"), there)
+    assert report(ending(emergency=False, command="keys cleanup"), there)
     assert len(kent.events()) == 3
     for seen in (state / "seen").iterdir():
         os.utime(seen, (time.time() - 29 * 60,) * 2)
-    assert sentry.report_failure(daily, there) is None
+    assert report(daily, there) is None
     for seen in (state / "seen").iterdir():
         os.utime(seen, (time.time() - 31 * 60,) * 2)
-    assert sentry.report_failure(daily, there)
+    assert report(daily, there)
 
 
 def test_an_emergency_is_reported_every_time_and_fatal(run: Callable[..., Finished], kent: Kent) -> None:
