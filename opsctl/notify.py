@@ -12,16 +12,20 @@ import re
 import threading
 import time
 import uuid
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit, urlunsplit
 
 from opsctl.errors import SettingsError
+from opsctl.jobs import LOCKED
 from opsctl.spool import Spool
 from opsctl.state import State
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from opsctl.jobs import Job
     from opsctl.report import Ending
     from opsctl.settings import Settings
     from opsctl.spool import Waiting
@@ -34,10 +38,18 @@ COOLDOWN_S = 30 * 60.0
 
 
 class Notices:
-    """What one run tells others."""
+    """What one run tells others; of a watched `job` also that it has begun."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, job: Job | None = None) -> None:
         self._settings = settings
+        self._job = job
+        self._check_in_id = uuid.uuid4()
+        self._beginning: list[threading.Thread] = []
+
+    def begin(self) -> None:
+        """Tell in the background that the job has begun; nobody waits for it."""
+        until = time.monotonic() + BUDGET_S
+        self._beginning = [_in_background(partial(send, until)) for send in self._signals(None)]
 
     def end(self, ending: Ending, *, event: bool) -> str | None:
         """Tell how it ended, and what earlier runs could not; gives the id of the event if Sentry has taken it.
@@ -48,14 +60,48 @@ class Notices:
         until = time.monotonic() + BUDGET_S
         event_id = uuid.uuid4().hex
         taken: list[str] = []
-        threads = []
+        sends = self._signals(ending)
         if self._settings["SENTRY_DSN"]:
-            threads.append(_in_background(lambda: self._send_events(ending if event else None, event_id, until, taken)))
-        for thread in threads:
+            sends.append(partial(self._send_events, ending if event else None, event_id, taken))
+        for thread in [_in_background(partial(send, until)) for send in sends]:
             thread.join(until - time.monotonic())
         return event_id if event_id in taken else None
 
-    def _send_events(self, ending: Ending | None, event_id: str, until: float, taken: list[str]) -> None:
+    def _signals(self, ending: Ending | None) -> list[Callable[[float], None]]:
+        """What tells those who watch the job; never spooled, because late it would be wrong."""
+        if self._job is None:
+            return []
+        sends: list[Callable[[float], None]] = []
+        if self._settings["SENTRY_DSN"]:
+            sends.append(partial(self._check_in, self._job, ending))
+        if self._settings["HEALTHCHECK_URL"] and not (ending and ending.exit_code == LOCKED):
+            sends.append(partial(self._ping, self._job, ending))
+        return sends
+
+    def _check_in(self, job: Job, ending: Ending | None, until: float) -> None:
+        from opsctl import sentry
+
+        status = "in_progress" if ending is None else "ok" if ending.exit_code in {0, LOCKED} else "error"
+        duration_s = ending.elapsed_s if ending else None
+        content = sentry.check_in(job, self._settings, self._check_in_id.hex, status=status, duration_s=duration_s)
+        self._after_the_beginning(ending, until)
+        sentry.endpoint(self._settings["SENTRY_DSN"]).post(content, until)
+
+    def _ping(self, job: Job, ending: Ending | None, until: float) -> None:
+        from opsctl.web import Endpoint
+
+        word = "start" if ending is None else str(ending.exit_code or "")
+        endpoint = Endpoint(_ping_address(self._settings["HEALTHCHECK_URL"], job, word, self._check_in_id))
+        self._after_the_beginning(ending, until)
+        endpoint.get(until)
+
+    def _after_the_beginning(self, ending: Ending | None, until: float) -> None:
+        """No end before its beginning: let what is still on its way have half of the time."""
+        if ending is not None:
+            for thread in self._beginning:
+                thread.join((until - time.monotonic()) / 2)
+
+    def _send_events(self, ending: Ending | None, event_id: str, taken: list[str], until: float) -> None:
         from opsctl import sentry
 
         fresh = None
@@ -91,6 +137,18 @@ def _in_background(work: Callable[[], None]) -> threading.Thread:
     thread = threading.Thread(target=quietly, daemon=True)
     thread.start()
     return thread
+
+
+def _ping_address(base: str, job: Job, word: str, run: uuid.UUID) -> str:
+    """Where a dead-man switch takes a signal (https://healthchecks.io/docs/http_api/).
+
+    >>> from opsctl.jobs import JOBS
+    >>> _ping_address("https://hc-ping.com/key/{job}?create=1", JOBS[0], "start", uuid.UUID(int=7))
+    'https://hc-ping.com/key/standby-sync/start?create=1&rid=00000000-0000-0000-0000-000000000007'
+    """
+    parts = urlsplit(base.replace("{job}", job.name))
+    path = "/".join(filter(None, (parts.path.rstrip("/"), word)))
+    return urlunsplit(parts._replace(path=path, query="&".join(filter(None, (parts.query, f"rid={run}")))))
 
 
 def _deliver(

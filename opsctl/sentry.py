@@ -11,17 +11,20 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 import opsctl
+from opsctl.jobs import MARGIN_MIN, schedule_of
 from opsctl.report import Outcome
 from opsctl.scrub import scrubbed
 from opsctl.web import CLIENT, Endpoint
 
 if TYPE_CHECKING:
+    from opsctl.jobs import Job
     from opsctl.report import Ending
     from opsctl.settings import Settings
 
 NAMED_COMPANIES = 5
 TAG_LIMIT = 200
 """Sentry drops a tag whose value is longer."""
+_RELEASE = f"opsctl@{opsctl.__version__}"
 
 
 def event_of(ending: Ending, settings: Settings, event_id: str) -> dict[str, Any]:
@@ -68,7 +71,7 @@ def event_of(ending: Ending, settings: Settings, event_id: str) -> dict[str, Any
             ]
         },
         "environment": settings.environment,
-        "release": f"opsctl@{opsctl.__version__}",
+        "release": _RELEASE,
         "server_name": socket.gethostname(),
     }
     clean: dict[str, Any] = scrubbed(words, settings.secrets())
@@ -95,6 +98,33 @@ def envelope(event: dict[str, Any]) -> bytes:
 
     item = Item(payload=PayloadRef(json=event), type="event")
     return Envelope(headers={"event_id": event["event_id"]}, items=[item]).serialize()
+
+
+def check_in(job: Job, settings: Settings, check_in_id: str, *, status: str, duration_s: float | None = None) -> bytes:
+    """One signal of a watched job, as it travels; makes its monitor, or brings it up to date.
+
+    https://develop.sentry.dev/sdk/telemetry/check-ins/
+    """
+    from sentry_sdk.envelope import Envelope, Item, PayloadRef
+
+    words = {
+        "check_in_id": check_in_id,
+        "monitor_slug": f"opsctl-{job.name}",
+        "status": status,
+        "environment": scrubbed(settings.environment, settings.secrets()),
+        "release": _RELEASE,
+        "monitor_config": {
+            "schedule": {"type": "crontab", "value": schedule_of(job, settings)},
+            "timezone": "UTC",
+            "checkin_margin": MARGIN_MIN,
+            "max_runtime": job.longest_min,
+            "failure_issue_threshold": job.failures,
+            "recovery_threshold": 1,
+        },
+    }
+    if duration_s is not None:
+        words["duration"] = duration_s
+    return Envelope(items=[Item(payload=PayloadRef(json=words), type="check_in")]).serialize()
 
 
 def endpoint(dsn: str) -> Endpoint:

@@ -121,6 +121,23 @@ def _host_and_port(value: str) -> str:
     return value
 
 
+class TimeOfDay(NamedTuple):
+    """An hour and a minute, UTC."""
+
+    hour: int
+    minute: int
+
+    def __str__(self) -> str:
+        return f"{self.hour:02}:{self.minute:02}"
+
+
+def _time_of_day(value: str) -> TimeOfDay:
+    match = re.fullmatch(r"([01]?[0-9]|2[0-3]):([0-5][0-9])", value)
+    if not match:
+        raise ValueError("is not a time like 03:00")
+    return TimeOfDay(int(match[1]), int(match[2]))
+
+
 def _http_address(value: str) -> str:
     if not re.fullmatch(r"https?://[^\s/]+(/\S*)?", value):
         raise ValueError("is not an http(s) address")
@@ -216,6 +233,7 @@ VARIABLES: tuple[Variable, ...] = (
         "json-stringify",
     ),
     Variable("ARCHIVE_KEEP_DAYS", _whole(1, 3650), 90, "Days to keep the rows that were deleted or changed."),
+    Variable("CLEANUP_AT", _time_of_day, TimeOfDay(3, 0), "When cron runs the cleanup, in UTC; not with a backup."),
     Variable("DB_QUERY_LATENCY_THRESHOLD_MS", _whole(1, 600000), 500, "Alert threshold for slow queries, in ms."),
     Variable("DB_POOL_USAGE_THRESHOLD", _share, 0.8, "Alert when more of the connections are in use."),
     Variable("HEALTH_REPLY_MS", _limits(60000), Limits(500, 2000), "First reply: warning/critical, in ms."),
@@ -250,6 +268,14 @@ VARIABLES: tuple[Variable, ...] = (
         secret=True,
     ),
     Variable("SENTRY_ENVIRONMENT", _text, "production", "Environment that failures are reported under."),
+    Variable(
+        "HEALTHCHECK_URL",
+        _http_address,
+        None,
+        "Dead-man ping of what cron runs: told /start, nothing more or /EXIT-CODE; {job} becomes the job's name.",
+        "https://hc-ping.com/ping-key/{job}?create=1",
+        secret=True,
+    ),
 )
 
 

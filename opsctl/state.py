@@ -62,6 +62,28 @@ class State:
                     if isinstance(entry, dict):
                         yield entry
 
+    def keep(self, name: str, value: dict[str, Any]) -> None:
+        """Write `<name>.json` in one step; `name` may have folders before it."""
+        path = self.folder / f"{name}.json"
+        unseen = path.with_name(f".{path.name}-{os.getpid()}")
+        try:
+            self._make()
+            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW
+            with open(os.open(unseen, flags, 0o600), "wb") as file:  # noqa: PTH123 - a descriptor has no Path
+                file.write(orjson.dumps(value, default=str, option=orjson.OPT_INDENT_2) + b"\n")
+            unseen.replace(path)
+        except OSError:
+            with contextlib.suppress(OSError):
+                unseen.unlink(missing_ok=True)
+
+    def kept(self, name: str) -> dict[str, Any]:
+        """The object in `<name>.json`; empty where there is none that can be read."""
+        with contextlib.suppress(OSError, orjson.JSONDecodeError):
+            value = orjson.loads((self.folder / f"{name}.json").read_bytes())
+            return value if isinstance(value, dict) else {}
+        return {}
+
     def first_in(self, name: str, seconds: float) -> bool:
         """Whether `name` was not seen in the last `seconds`; remembers that it was seen now.
 

@@ -32,11 +32,14 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
     from types import FrameType
 
+    from opsctl.jobs import Job
+    from opsctl.notify import Notices
     from opsctl.settings import Settings
     from opsctl.stores.postgres import Snapshot
 
 EMERGENCY_DEADLINE_S = 60.0
 SHORTEST_DEADLINE_S, LONGEST_DEADLINE_S = 0.1, 86400.0
+_RECEIVERS = ("SENTRY_DSN", "HEALTHCHECK_URL")
 _EMERGENCY_FAILED = frozenset({4, 5, 6, 70})
 BACKSTOP_S = 3.0
 """How long after its deadline a command that does not look at the clock itself is interrupted."""
@@ -297,13 +300,22 @@ class _Frame:
         self.emergency = emergency
         self.reports_failures = reports_failures
         self.since = since
+        from opsctl.jobs import job_of
+
+        self.job = job_of(run.command, run.options)
+        self.notices: Notices | None = None
         run.emit = self._emit
 
     def run(self, work: Callable[[], Report]) -> int:
-        ending = self._ending(self._report_of(work))
+        run = self.invocation
+        with _never_in_the_way("announced"):
+            self._begin()
+        report = self._report_of(work)
+        with _never_in_the_way("compared with earlier ones"):
+            report = self._compared(report)
+        ending = self._ending(report)
         with _never_in_the_way("kept in the history"):
             self._keep(ending)
-        run = self.invocation
         if run.json and not run.plugin:  # the one document names the event
             with _never_in_the_way("reported"):
                 ending = replace(ending, sentry_event_id=self._notify(ending))
@@ -377,12 +389,53 @@ class _Frame:
             options=run.options,
         )
 
+    def _begin(self) -> None:
+        """Tell those who watch the job that it has begun. Nobody watches what a person runs and sees."""
+        if self.job is None or sys.stdin.isatty() or sys.stderr.isatty():
+            return
+        self.notices = self._new_notices(self.job)
+        if self.notices:
+            self.notices.begin()
+
+    def _new_notices(self, job: Job | None) -> Notices | None:
+        """None where there is nobody to tell."""
+        settings = self._settings()
+        if settings is None or not any(settings[name] for name in _RECEIVERS):
+            return None
+        from opsctl.notify import Notices
+
+        return Notices(settings, job)
+
+    def _settings(self) -> Settings | None:
+        try:
+            return self.invocation.raw_settings
+        except SettingsError:
+            return None
+
+    def _compared(self, report: Report) -> Report:
+        """With a warning for each way in which this run of a job is unlike the last ones."""
+        settings = self._settings()
+        if self.job is None or settings is None:
+            return report
+        from opsctl.jobs import unusual
+        from opsctl.state import State
+
+        warnings = tuple(unusual(self.job, State(settings.state_dir), report, seconds_since_start()))
+        return replace(report, warnings=(*report.warnings, *warnings), noteworthy=True) if warnings else report
+
     def _keep(self, ending: Ending) -> None:
-        if ending.rto is None:
+        if ending.rto is None and self.job is None:
             return
         from opsctl.state import State
 
-        State(self.invocation.raw_settings.state_dir).append(
+        state = State(self.invocation.raw_settings.state_dir)
+        if self.job:
+            from opsctl.jobs import remember
+
+            remember(self.job, state, ending)
+        if ending.rto is None:
+            return
+        state.append(
             "history",
             {
                 "at": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -400,17 +453,12 @@ class _Frame:
 
     def _notify(self, ending: Ending) -> str | None:
         """Tell others, also what earlier runs could not; gives the id of the event that Sentry has taken."""
-        try:
-            settings = self.invocation.raw_settings
-        except SettingsError:
+        notices = self.notices or self._new_notices(None)
+        if notices is None:
             return None
-        if not settings["SENTRY_DSN"] or not self.reports_failures:
-            return None
-        from opsctl.notify import Notices
-
-        nobody_watches = not sys.stderr.isatty()
-        alarming = ending.exit_code in {1, 4, 6, 70} or (ending.exit_code in {3, 5} and nobody_watches)
-        return Notices(settings).end(ending, event=alarming or ending.report.noteworthy)
+        alarming = ending.exit_code in {1, 4, 6, 70} or (ending.exit_code in {3, 5} and not sys.stderr.isatty())
+        event = self.reports_failures and (alarming or ending.report.noteworthy)
+        return notices.end(ending, event=event)
 
 
 @contextmanager

@@ -266,7 +266,7 @@ def preview(found: Found, wish: Wish) -> Report:
         notes=(*_notes(found), _size_note(found.sizes), *sample),
         rows=_rows(found, Counter()),
         columns=_PREVIEW_COLUMNS,
-        facts=_facts(found, wish) | {"sample": list(found.sample)},
+        facts=_facts(found, wish) | {"deleted": 0, "sample": list(found.sample)},
         warnings=(*found.cautions, *found.warnings),
         details=found.sample if wish.name_keys else (),
         next_lines=["opsctl keys cleanup"] if found.expired else [],

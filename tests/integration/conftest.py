@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.integration.fleet import Fleet
+from tests.integration.receivers import kent_server, recording
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from tests.conftest import Database, RunOpsctl
+    from tests.integration.receivers import Kent, Recorder
 
 
 @pytest.fixture
@@ -53,3 +55,21 @@ def silent_resolver(tmp_path: Path) -> Iterator[tuple[str, ...]]:
         yield ("unshare", "-m", "sh", "-c", f'mount --bind {resolv} /etc/resolv.conf && exec "$@"', "sh")
         silent.setblocking(False)
         assert silent.recv(512)  # it was asked
+
+
+@pytest.fixture(scope="module")
+def running_kent(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kent]:
+    with kent_server(tmp_path_factory.mktemp("kent")) as kent:
+        yield kent
+
+
+@pytest.fixture
+def kent(running_kent: Kent) -> Kent:
+    running_kent.forget()
+    return running_kent
+
+
+@pytest.fixture
+def recorder() -> Iterator[Recorder]:
+    with recording() as recorder:
+        yield recorder

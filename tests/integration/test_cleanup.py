@@ -31,7 +31,7 @@ from opsctl.stores.folder import OPSCTL_FOLDER
 from opsctl.stores.switch_record import SwitchRecord, write_switch
 from tests.conftest import Database, each_postgres
 from tests.integration.fleet import FIRST, SECOND, Fleet
-from tests.integration.test_sentry import recording
+from tests.integration.receivers import recording
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -393,8 +393,8 @@ def test_more_than_a_thousand_deletions_are_told_to_sentry_as_a_warning(fleet: F
             fleet.database.execute(OLD_SESSIONS, [rows])
             done = fleet.opsctl("keys", "cleanup", "--yes", "--json", env={"SENTRY_DSN": sentry.dsn})
             assert (done.returncode, done.json()["facts"]["deleted"]) == (0, rows)
-            assert len(sentry.received) == told
-    event = orjson.loads(sentry.received[0].splitlines()[-1])
+            assert len(sentry.events) == told
+    [event] = sentry.events
     assert (event["level"], event["tags"]["command"]) == ("warning", "keys cleanup")
     assert event["message"].startswith("1,001 of 1,001 expired keys deleted")
     assert event["contexts"]["facts"]["deleted"] == 1_001

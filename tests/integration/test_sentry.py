@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import contextlib
 import fcntl
 import itertools
 import json
@@ -13,11 +12,8 @@ import socket
 import stat
 import subprocess
 import sys
-import threading
 import time
-import urllib.request
-from dataclasses import dataclass, field, replace
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
@@ -31,9 +27,13 @@ from opsctl import scrub, sentry, settings, spool
 from opsctl.errors import SettingsError
 from opsctl.notify import Notices
 from opsctl.report import Ending, Failure, Report
+from tests.integration.receivers import HANGING, accepts_and_never_answers, drips, free_port, recording
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    import contextlib
+    from collections.abc import Callable, Mapping
+
+    from tests.integration.receivers import Kent, Recorder
 
 PASSWORD = "p@ss/w0rd é"
 DATABASE_URL = f"postgresql://ops:{quote(PASSWORD, safe='')}@db.example.com:5432/whatsapp"
@@ -98,98 +98,6 @@ def leak(ctx: typer.Context, to: Annotated[str, typer.Option()]) -> Report:
 
 sys.exit(frame.main(app))
 """
-
-
-@dataclass(frozen=True)
-class Kent:
-    """A running kent: what it received, as it understood it."""
-
-    port: int
-
-    @property
-    def dsn(self) -> str:
-        return f"http://public@127.0.0.1:{self.port}/1"
-
-    def events(self) -> list[dict[str, Any]]:
-        listed = self._get("/api/eventlist/")["events"]
-        return [self._get(f"/api/event/{e['event_id']}")["payload"]["body"] for e in listed]
-
-    def forget(self) -> None:
-        self._get("/api/flush/", method="POST")
-
-    def _get(self, path: str, method: str = "GET") -> Any:
-        request = urllib.request.Request(f"http://127.0.0.1:{self.port}{path}", method=method)
-        with urllib.request.urlopen(request, timeout=5) as answer:
-            return json.load(answer)
-
-
-@pytest.fixture(scope="module")
-def running_kent(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kent]:
-    port = free_port()
-    program = [str(Path(sys.executable).with_name("kent-server")), "run", "--host", "127.0.0.1", "--port", str(port)]
-    log = tmp_path_factory.mktemp("kent") / "log"
-    with log.open("wb") as out, subprocess.Popen(program, stdout=out, stderr=subprocess.STDOUT) as process:
-        try:
-            for _ in range(300):
-                assert process.poll() is None, log.read_text()
-                with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
-                    break
-                time.sleep(0.05)
-            yield Kent(port)
-        finally:
-            process.terminate()
-
-
-@pytest.fixture
-def kent(running_kent: Kent) -> Kent:
-    running_kent.forget()
-    return running_kent
-
-
-@dataclass
-class Recorder:
-    """An endpoint that keeps every byte and answers with `status`."""
-
-    port: int
-    status: int = 200
-    received: list[bytes] = field(default_factory=list)
-
-    @property
-    def dsn(self) -> str:
-        return f"http://public@127.0.0.1:{self.port}/1"
-
-
-@contextlib.contextmanager
-def recording(host: str = "127.0.0.1", family: socket.AddressFamily = socket.AF_INET) -> Iterator[Recorder]:
-    class Server(ThreadingHTTPServer):
-        address_family = family
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            body = self.rfile.read(int(self.headers["Content-Length"]))
-            kept.received.append(self.requestline.encode() + self.headers.as_bytes() + body)
-            self.send_response(kept.status)
-            self.send_header("Content-Length", "0")
-            self.end_headers()
-
-        def log_message(self, *_: object) -> None: ...
-
-    with Server((host, 0), Handler) as server:
-        kept = Recorder(server.server_port)
-        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
-        yield kept
-        server.shutdown()
-
-
-@pytest.fixture
-def recorder() -> Iterator[Recorder]:
-    with recording() as recorder:
-        yield recorder
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return int(server.getsockname()[1])
 
 
 @pytest.fixture
@@ -425,59 +333,6 @@ def test_an_ipv6_address_is_reached(state: Path) -> None:
 
 
 # --- what it costs ----------------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def accepts_and_never_answers() -> Iterator[str]:
-    with socket.create_server(("127.0.0.1", 0), backlog=50) as server:
-        yield f"http://k@127.0.0.1:{server.getsockname()[1]}/1"
-
-
-@contextlib.contextmanager
-def full_backlog() -> Iterator[str]:
-    """The kernel drops what would connect, as a host behind a silent firewall does."""
-    with contextlib.ExitStack() as open_sockets:
-        server = open_sockets.enter_context(socket.socket())
-        server.bind(("127.0.0.1", 0))
-        server.listen(0)
-        for _ in range(8):
-            client = open_sockets.enter_context(socket.socket())
-            client.setblocking(False)
-            client.connect_ex(server.getsockname())
-        yield f"http://k@127.0.0.1:{server.getsockname()[1]}/1"
-
-
-@contextlib.contextmanager
-def drips(beginning: bytes) -> Iterator[str]:
-    """Sends `beginning`, then a byte a second."""
-    stop = threading.Event()
-
-    def drip(connection: socket.socket) -> None:
-        with connection, contextlib.suppress(OSError):
-            connection.sendall(beginning)
-            while not stop.wait(1):
-                connection.sendall(b"x")
-
-    def serve(server: socket.socket) -> None:
-        with contextlib.suppress(OSError):
-            while True:
-                threading.Thread(target=drip, args=(server.accept()[0],), daemon=True).start()
-
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        thread = threading.Thread(target=serve, args=(server,), daemon=True)
-        thread.start()
-        yield f"http://k@127.0.0.1:{server.getsockname()[1]}/1"
-        stop.set()
-        server.shutdown(socket.SHUT_RDWR)
-        thread.join()
-
-
-HANGING = {
-    "accepts and never answers": accepts_and_never_answers,
-    "lets nobody connect": full_backlog,
-    "drips its status line": lambda: drips(b"HTTP/1.1 2"),
-    "drips its headers": lambda: drips(b"HTTP/1.1 200 OK\r\nX: "),
-}
 
 
 def added_seconds(run: Callable[..., Finished], command: str, **to: Any) -> float:

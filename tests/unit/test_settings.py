@@ -71,6 +71,8 @@ DEFAULTS = {
     "CACHE_MAX_ENTRIES": 1000,
     "SENTRY_DSN": None,
     "SENTRY_ENVIRONMENT": "production",
+    "HEALTHCHECK_URL": None,
+    "CLEANUP_AT": (3, 0),
 }
 
 
@@ -103,6 +105,8 @@ def test_what_nobody_sets_has_its_documented_default() -> None:
         ("DB_POOL_USAGE_THRESHOLD", "1", 1.0),
         ("DB_POOL_USAGE_THRESHOLD", ".5", 0.5),
         ("SENTRY_DSN", "https://key@sentry.example.com/1", "https://key@sentry.example.com/1"),
+        ("CLEANUP_AT", "4:05", (4, 5)),
+        ("HEALTHCHECK_URL", "https://hc.example.com/{job}?create=1", "https://hc.example.com/{job}?create=1"),
         ("SERVICE_NAMES", "a, b@1.service ,c", ("a", "b@1.service", "c")),
         ("SERVICE_LOG", "/var/log/a, /var/log/b", (Path("/var/log/a"), Path("/var/log/b"))),
         ("SERVICE_STOP_COMMAND", "/bin/my-stop --now; rm", ("/bin/my-stop", "--now;", "rm")),
@@ -145,6 +149,8 @@ def test_an_empty_value_is_not_set_and_lets_the_next_one_speak(tmp_path: Path, n
         ("RTO_TARGET_SECONDS", "0", "('0') is not between 1 and 86400"),
         ("RTO_TARGET_SECONDS", "-600", "('-600') is not between 1 and 86400"),
         ("RTO_TARGET_SECONDS", "9" * 5000, "is not between 1 and 86400"),
+        ("CLEANUP_AT", "24:00", "('24:00') is not a time like 03:00"),
+        ("HEALTHCHECK_URL", "hc-ping.com/key", "HEALTHCHECK_URL is not an http(s) address"),
         ("DB_CLEANUP_RETENTION_DAYS", "6", "('6') is not between 7 and 3650"),
         ("DB_QUERY_LATENCY_THRESHOLD_MS", "0", "('0') is not between 1 and 600000"),
         ("CREDENTIALS_CACHE_TTL_MS", "-1", "('-1') is not between 1 and 86400000"),
@@ -278,12 +284,13 @@ def test_the_environment_is_named_or_sentrys(tmp_path: Path) -> None:
 
 def test_no_secret_is_shown_or_represented(tmp_path: Path) -> None:
     secret = {v.name for v in VARIABLES if v.secret}
-    assert secret == {"DATABASE_URL", "OPSCTL_REPLICA_URL", "POSTGRES_PASSWORD", "SENTRY_DSN"}
+    assert secret == {"DATABASE_URL", "OPSCTL_REPLICA_URL", "POSTGRES_PASSWORD", "SENTRY_DSN", "HEALTHCHECK_URL"}
     settings = settings_of(
         tmp_path,
         f"DATABASE_URL=postgresql://user:{SECRET}@db/whatsapp\nSENTRY_DSN=https://{SECRET}@sentry.example.com/1",
         POSTGRES_PASSWORD=SECRET,
         OPSCTL_REPLICA_URL=f"postgresql://user:{SECRET}@replica/whatsapp",
+        HEALTHCHECK_URL=f"https://hc-ping.com/{SECRET}/{{job}}",
     )
     assert {settings.all[name].shown() for name in secret} == {"********"}
     assert SECRET not in repr(settings)
