@@ -71,3 +71,16 @@ def _is_allowed(error: typer.TyperException, words: Sequence[str], *, typed: boo
     return isinstance(error, typer.BadParameter) and any(
         _PLACEHOLDER.fullmatch(word) and word in error.format_message() for word in words
     )
+
+
+def help_of(name: str, command: Any, *, width: int) -> str:  # noqa: ANN401 - Typer keeps the type to itself
+    """What `opsctl NAME --help` prints on a terminal of that width."""
+    context = command.context_class(
+        command,
+        info_name=f"opsctl {name}",
+        terminal_width=width,
+        max_content_width=width,
+        help_option_names=["-h", "--help"],
+    )
+    text: str = command.get_help(context)
+    return text

@@ -28,6 +28,7 @@ _MORE = re.compile(r'\s*#\s*"')
 _OPSCTL = re.compile(r"([\w.~-]*/)*opsctl")
 _OPERATORS = frozenset(";|&()<>")
 _PROMPT = re.compile(r"\s*[$#%]\s+(?=\S*opsctl\b)")
+_COMMENT = re.compile(r"(^|\s)#.*")
 _PLACEHOLDER = re.compile(r"<[\w .|-]+>")
 _BEFORE = re.compile(
     r"sudo|env|time|nice|ionice|nohup|exec|timeout|flock|watch|chronic|setsid|runuser|if|while|until|!|then|do"
@@ -115,8 +116,8 @@ def _named(line: Line, raw: str) -> Iterator[Line]:
 
 def _commands(text: str) -> list[list[str]]:
     """The simple commands of a shell's line, as words; none where it cannot be read, for that is not ours."""
-    lexer = shlex.shlex(_PLACEHOLDER.sub("PLACEHOLDER", text), posix=True, punctuation_chars=True)
-    lexer.wordchars += "@%,[]{}!+^"
+    lexer = shlex.shlex(_COMMENT.sub("", _PLACEHOLDER.sub("PLACEHOLDER", text)), posix=True, punctuation_chars=True)
+    lexer.whitespace_split, lexer.commenters = True, ""
     commands: list[list[str]] = [[]]
     try:
         for word in lexer:

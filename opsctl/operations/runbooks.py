@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     """What is wrong with the words behind `opsctl`; the second value: whether the line is typed, or only named."""
 
 FOLDER = "runbooks"
+FIRST_PAGE = "first-five-minutes"
+_REMARK = re.compile(r"<!--.*-->")
 _PLUGIN_EXIT_CODES = frozenset(range(4))
 
 
@@ -39,10 +41,10 @@ class Page:
 
 
 def pages() -> list[Page]:
-    """Every page, those for the four scenarios first."""
-    folder = resources.files("opsctl") / FOLDER
-    found = sorted((file.name, file.read_text(encoding="utf-8")) for file in folder.iterdir())
-    return [_page(name.removesuffix(".md"), text) for name, text in found if name.endswith(".md")]
+    """Every page: the one to begin with, those for the four scenarios, the others."""
+    files = [file for file in (resources.files("opsctl") / FOLDER).iterdir() if file.name.endswith(".md")]
+    found = [_page(file.name.removesuffix(".md"), file.read_text(encoding="utf-8")) for file in files]
+    return sorted(found, key=lambda page: (page.name != FIRST_PAGE, page.name))
 
 
 def _page(name: str, text: str) -> Page:
@@ -61,7 +63,7 @@ def list_pages() -> Report:
         f"{len(found)} pages",
         rows=found,
         columns=_PAGE_COLUMNS,
-        next_lines=[f"opsctl runbook show {found[0].name}"],
+        next_lines=[f"opsctl runbook show {FIRST_PAGE}"],
     )
 
 
@@ -79,7 +81,7 @@ def show_page(wanted: str) -> Report:
     text = _section(page, anchor) if anchor else page.text
     return Report(
         page.path,
-        page=text.splitlines(),
+        page=[line for line in text.splitlines() if not _REMARK.fullmatch(line.strip())],
         facts={"name": page.name, "title": page.title, "text": text},
     )
 

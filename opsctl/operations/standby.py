@@ -819,6 +819,7 @@ def standby_status(standby: Standby, *, companies: tuple[str, ...], max_age: tim
         + ("none can be used" if worst is None else f"restoring from them now would lose at most {_age(worst)}"),
         rows=rows,
         columns=_STATUS_COLUMNS,
+        notes=[_generations(standby, company, now) for company in companies],
         facts={
             "standby": str(standby.path),
             "rpo_s": worst,
@@ -837,6 +838,14 @@ def standby_status(standby: Standby, *, companies: tuple[str, ...], max_age: tim
 
 
 _IN_ORDER = "ok"
+
+
+def _generations(standby: Standby, company: str, now: datetime) -> str:
+    """What `sessions restore --generation` can take, newest first."""
+    taken = (
+        f"{copy.generation} ({_age(_seconds_since(copy.synced_at, now))} ago)" for copy in standby.generations(company)
+    )
+    return f"generations of {company}: {', '.join(taken)}"
 
 
 def _status_row(standby: Standby, copy: Copy, max_age: timedelta, now: datetime) -> StatusRow:

@@ -68,7 +68,7 @@ def triage(settings: Settings, *, seconds: float, everything: bool, now: datetim
         )
     verdict = faults[0]
     fault = verdict.fault or Fault.UNUSABLE
-    advice = _ADVICE[fault]
+    advice = ADVICE[fault]
     if view.switch is not None and verdict.check in _OF_THE_DATABASE:  # the sessions live: there is time to mend it
         advice = replace(advice, page=f"{_UNREACHABLE}#way-back", lines=("opsctl triage",))
     elif verdict.check == "live folders":
@@ -145,7 +145,7 @@ _OF_THE_DATABASE = frozenset({"network", "database", "server's disk", "locks", "
 
 
 @dataclass(frozen=True, slots=True)
-class _Advice:
+class Advice:
     """What a fault means, the page with its section, and the lines to type, the first one first.
 
     `{stop}`, `{start}`, `{repair}` and `{log}` stand for lines of their own, one or more or none; the other words in
@@ -160,86 +160,86 @@ class _Advice:
 _RESTORE = ("{stop}", "opsctl sessions restore --service-stopped")
 _PSQL = "sudo -u postgres psql -c"
 _IDLE = "sudo -u postgres psql -c \"SELECT pid, usename, application_name FROM pg_stat_activity WHERE state = 'idle'\""
-_ADVICE = {
-    Fault.SESSIONS_DISK_FULL: _Advice(
+ADVICE: dict[Fault, Advice] = {
+    Fault.SESSIONS_DISK_FULL: Advice(
         "this machine's disk is full", f"{_UNREACHABLE}#preflight", ("df -h {folder}; df -i {folder}",)
     ),
-    Fault.SESSIONS_DISK_FROZEN: _Advice(
+    Fault.SESSIONS_DISK_FROZEN: Advice(
         "this machine's disk does not answer", f"{_UNREACHABLE}#preflight", ("dmesg | tail -n 30", "mount")
     ),
-    Fault.WAY_OUT: _Advice(
+    Fault.WAY_OUT: Advice(
         "this machine reaches neither WhatsApp nor the database; restoring cannot help",
         f"{_UNREACHABLE}#when-restoring-cannot-help",
         ("curl -sSv -o /dev/null -m 5 https://{whatsapp}/",),
     ),
-    Fault.NAME: _Advice("the database's host name is not found", f"{_UNREACHABLE}#the-lines-to-type", _RESTORE),
-    Fault.REFUSED: _Advice("the database refuses connections", f"{_UNREACHABLE}#the-lines-to-type", _RESTORE),
-    Fault.TIMEOUT: _Advice("the database's host does not answer", f"{_UNREACHABLE}#the-lines-to-type", _RESTORE),
-    Fault.STARTING: _Advice(
+    Fault.NAME: Advice("the database's host name is not found", f"{_UNREACHABLE}#the-lines-to-type", _RESTORE),
+    Fault.REFUSED: Advice("the database refuses connections", f"{_UNREACHABLE}#the-lines-to-type", _RESTORE),
+    Fault.TIMEOUT: Advice("the database's host does not answer", f"{_UNREACHABLE}#the-lines-to-type", _RESTORE),
+    Fault.STARTING: Advice(
         "the database is starting or shutting down",
         f"{_UNREACHABLE}#the-lines-to-type",
         ("opsctl triage", *_RESTORE),
     ),
-    Fault.TLS: _Advice("TLS with the database fails", f"{_UNREACHABLE}#preflight", ("opsctl config show", *_RESTORE)),
-    Fault.AUTHENTICATION: _Advice(
+    Fault.TLS: Advice("TLS with the database fails", f"{_UNREACHABLE}#preflight", ("opsctl config show", *_RESTORE)),
+    Fault.AUTHENTICATION: Advice(
         "the database does not accept the role or its password",
         f"{_UNREACHABLE}#preflight",
         ("opsctl config show", *_RESTORE),
     ),
-    Fault.MISSING_DATABASE: _Advice(
+    Fault.MISSING_DATABASE: Advice(
         "the server has no such database", f"{_LOST}#the-lines-to-type", ("opsctl config show", *_RESTORE)
     ),
-    Fault.NO_CONNECTION_LEFT: _Advice("the database is out of connections", f"{_UNREACHABLE}#preflight", (_IDLE,)),
-    Fault.FROZEN: _Advice(
+    Fault.NO_CONNECTION_LEFT: Advice("the database is out of connections", f"{_UNREACHABLE}#preflight", (_IDLE,)),
+    Fault.FROZEN: Advice(
         "the database lets us connect and never answers", f"{_UNREACHABLE}#the-lines-to-type", _RESTORE
     ),
-    Fault.UNUSABLE: _Advice("the database cannot be used", f"{_UNREACHABLE}#the-lines-to-type", _RESTORE),
-    Fault.SERVER_DISK_FULL: _Advice(
+    Fault.UNUSABLE: Advice("the database cannot be used", f"{_UNREACHABLE}#the-lines-to-type", _RESTORE),
+    Fault.SERVER_DISK_FULL: Advice(
         "the database server's disk is full", f"{_UNREACHABLE}#preflight", ("{on_server}df -h", *_RESTORE)
     ),
-    Fault.READ_ONLY: _Advice("the database is read-only", f"{_UNREACHABLE}#the-lines-to-type", _RESTORE),
-    Fault.LOCKS: _Advice(
+    Fault.READ_ONLY: Advice("the database is read-only", f"{_UNREACHABLE}#the-lines-to-type", _RESTORE),
+    Fault.LOCKS: Advice(
         "locks pile up in the database",
         f"{_UNREACHABLE}#preflight",
         (f'{_PSQL} "SELECT pg_terminate_backend({{pid}})"', "opsctl triage"),
     ),
-    Fault.PERMISSION: _Advice(
+    Fault.PERMISSION: Advice(
         "the role may not read the tables",
         f"{_UNREACHABLE}#preflight",
         (f'{_PSQL} "GRANT SELECT ON whatsapp_auth, whatsapp_keys TO {{role}}"',),
     ),
-    Fault.MISSING_TABLES: _Advice("tables are missing", f"{_DELETED}#the-lines-to-type", ("{stop}", "{repair}")),
-    Fault.ROWS_MISSING: _Advice("rows are missing", f"{_DELETED}#the-lines-to-type", ("{stop}", "{repair}")),
-    Fault.CORRUPT_ROWS: _Advice("the database cannot read its own tables", f"{_CORRUPT}#the-lines-to-type", _RESTORE),
-    Fault.CORRUPT_CREDS: _Advice("credentials are corrupt", f"{_CORRUPT}#the-lines-to-type", ("{stop}", "{repair}")),
-    Fault.SERVICE_STOPPED: _Advice("the service does not run", f"{_UNREACHABLE}#verification", ("{log}", "{start}")),
-    Fault.WHATSAPP: _Advice(
+    Fault.MISSING_TABLES: Advice("tables are missing", f"{_DELETED}#the-lines-to-type", ("{stop}", "{repair}")),
+    Fault.ROWS_MISSING: Advice("rows are missing", f"{_DELETED}#the-lines-to-type", ("{stop}", "{repair}")),
+    Fault.CORRUPT_ROWS: Advice("the database cannot read its own tables", f"{_CORRUPT}#the-lines-to-type", _RESTORE),
+    Fault.CORRUPT_CREDS: Advice("credentials are corrupt", f"{_CORRUPT}#the-lines-to-type", ("{stop}", "{repair}")),
+    Fault.SERVICE_STOPPED: Advice("the service does not run", f"{_UNREACHABLE}#verification", ("{log}", "{start}")),
+    Fault.WHATSAPP: Advice(
         "WhatsApp cannot be reached from here; restoring cannot help",
         f"{_UNREACHABLE}#when-restoring-cannot-help",
         ("curl -sSv -o /dev/null -m 5 https://{whatsapp}/",),
     ),
-    Fault.REPLACED: _Advice(
+    Fault.REPLACED: Advice(
         "two processes use one identity (440); restoring cannot help",
         f"{_UNREACHABLE}#when-restoring-cannot-help",
         ("ps -eo pid,user,lstart,args | grep [n]ode", "{log}"),
     ),
-    Fault.LOGGED_OUT: _Advice(
+    Fault.LOGGED_OUT: Advice(
         "WhatsApp has removed the device (401); restoring cannot help",
         f"{_UNREACHABLE}#when-restoring-cannot-help",
         ("{log}", "opsctl sessions list"),
     ),
-    Fault.FORBIDDEN: _Advice(
+    Fault.FORBIDDEN: Advice(
         "WhatsApp has blocked the account (403); restoring cannot help",
         f"{_UNREACHABLE}#when-restoring-cannot-help",
         ("{log}", "opsctl sessions list"),
     ),
-    Fault.UNDECRYPTABLE: _Advice(
+    Fault.UNDECRYPTABLE: Advice(
         "messages cannot be decrypted", f"{_CORRUPT}#undecryptable-messages", ("opsctl keys doctor", "{log}")
     ),
 }
 
 
-def _lines(advice: _Advice, verdict: Sight, view: View) -> list[str]:
+def _lines(advice: Advice, verdict: Sight, view: View) -> list[str]:
     """The lines to type, filled in."""
     address = db.address(view.settings)
     several = {

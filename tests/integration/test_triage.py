@@ -25,7 +25,7 @@ import pytest
 from opsctl.embedded import EmbeddedServer, embedded_server
 from opsctl.operations.fleet import create_schema
 from opsctl.operations.probes import Fault
-from opsctl.operations.triage import _ADVICE
+from opsctl.operations.triage import ADVICE
 from opsctl.stores.standby import Facts
 from opsctl.stores.switch_record import SwitchRecord, write_switch
 from tests import needs
@@ -686,11 +686,11 @@ def test_while_the_sessions_live_in_folders_the_database_comes_last(scene: Scene
 
 
 def test_every_line_that_is_advised_is_one_that_opsctl_takes(run_opsctl: RunOpsctl) -> None:
-    lines = {line for advice in _ADVICE.values() for line in advice.lines if line.startswith("opsctl ")}
+    lines = {line for advice in ADVICE.values() for line in advice.lines if line.startswith("opsctl ")}
     lines |= {"opsctl sessions repair --company 1 --from standby --dry-run", "opsctl sessions failback --dry-run"}
     for line in lines:
         assert run_opsctl(*line.split()[1:], "--help").returncode == 0, line
-    assert set(_ADVICE) == set(Fault)
+    assert set(ADVICE) == set(Fault)
 
 
 def test_every_fault_has_a_test_here() -> None:

@@ -8,10 +8,14 @@ import tomllib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from docs import screenshots
+import pytest
+
+from docs import commands, screenshots
 from opsctl import errors
 from opsctl.cli import tree
+from opsctl.operations import runbooks
 from opsctl.operations.markdown_lines import opsctl_lines
+from opsctl.operations.probes import Fault
 from opsctl.settings import env_example
 
 if TYPE_CHECKING:
@@ -59,6 +63,52 @@ def test_the_readme_has_the_exit_code_of_every_error() -> None:
     assert all(table[code] == errors.EXIT_CODES[code] for code in range(128) if code in table)
     classes = [c for c in vars(errors).values() if isinstance(c, type) and issubclass(c, errors.OpsctlError)]
     assert {c.exit_code for c in classes} <= table.keys()
+
+
+def test_the_reference_of_commands_and_the_table_of_verdicts_are_those_of_the_code() -> None:
+    written = "write them anew: python -m docs.commands"
+    assert commands.REFERENCE.read_text(encoding="utf-8") == commands.reference(), written
+    assert commands.FIRST_PAGE.read_text(encoding="utf-8") == commands.first_page(), written
+
+
+def test_the_first_page_has_every_verdict_once() -> None:
+    verdicts = re.findall(r"^- `([\w-]+)`: ", commands.FIRST_PAGE.read_text(encoding="utf-8"), re.MULTILINE)
+    assert sorted(verdicts) == sorted(Fault)
+
+
+SHAPE = [
+    "Symptoms",
+    "Preflight",
+    "The lines to type",
+    "What good looks like",
+    "Verification",
+    "Way back",
+    "After the incident",
+]
+FREE = {"first-five-minutes", "contacts-and-escalation"}
+
+
+@pytest.mark.parametrize("page", runbooks.pages(), ids=lambda page: page.name)
+def test_a_page_has_the_shape_of_all_and_fits_a_terminal(page: runbooks.Page) -> None:
+    sections = re.findall(r"^## (.*)", page.text, re.MULTILINE)
+    assert page.name in FREE or [section for section in sections if section in SHAPE] == SHAPE
+    assert [line for line in page.text.splitlines() if len(line) > 80] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_link_of_a_page_leads_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)]+)\)", page.read_text(encoding="utf-8")):
+        path, _, anchor = target.partition("#")
+        found = page.parent / path if path else page
+        assert target.startswith("http") or found.exists(), target
+        headings = re.findall(r"^#+ (.*)", found.read_text(encoding="utf-8"), re.MULTILINE) if anchor else []
+        assert not anchor or anchor in map(runbooks.anchor_of, headings), target
+
+
+def test_every_typed_line_of_a_runbook_says_how_it_ends() -> None:
+    lines = [line for page in runbooks.pages() for line in opsctl_lines(page.path, page.text) if line.typed]
+    assert len(lines) > 50
+    assert [f"{line.page}:{line.number}" for line in lines if line.exit_code is None or not line.output] == []
 
 
 def test_the_quick_start_has_exactly_two_lines() -> None:

@@ -23,6 +23,7 @@ def test_every_page_is_listed_with_what_it_is_for(run_opsctl: RunOpsctl) -> None
     rows = done.json()["rows"]
     assert [row["name"] for row in rows] == [page.name for page in pages()]
     assert all(row["purpose"] for row in rows)
+    assert rows[0]["name"] == "first-five-minutes"
 
 
 @pytest.mark.parametrize(
@@ -31,7 +32,14 @@ def test_every_page_is_listed_with_what_it_is_for(run_opsctl: RunOpsctl) -> None
 def test_a_page_is_found_by_every_name_that_is_printed(run_opsctl: RunOpsctl, name: str) -> None:
     done = run_opsctl("runbook", "show", name)
     assert done.returncode == 0
-    assert done.stdout.startswith(pages()[0].text)
+    (page,) = [page for page in pages() if page.name.startswith("1-")]
+    assert done.stdout.startswith(page.text)
+
+
+def test_a_remark_for_those_who_edit_a_page_is_not_shown(run_opsctl: RunOpsctl) -> None:
+    done = run_opsctl("runbook", "show", "first-five-minutes")
+    assert "- `refused`: the database refuses connections" in done.stdout
+    assert "<!--" not in done.stdout
 
 
 def test_one_section_is_shown_alone(run_opsctl: RunOpsctl) -> None:

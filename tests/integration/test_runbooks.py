@@ -1,0 +1,259 @@
+"""Every opsctl line of the runbooks, typed in order against a real PostgreSQL in the state that the page describes.
+
+What a page says under a line (`# exit 1, "verdict: refused"`) is what it then has to do and to print. A section whose
+state is another one than that which the lines before it have left has an act here, under its heading.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, cast
+
+import pytest
+
+from opsctl.embedded import EmbeddedServer, embedded_server
+from opsctl.operations.fleet import create_schema
+from opsctl.operations.markdown_lines import Line, opsctl_lines
+from opsctl.operations.runbooks import pages
+from opsctl.queries import query
+from tests.conftest import Database, Finished
+from tests.forks import Forks, forks
+from tests.integration.fleet import FIRST, Fleet
+from tests.integration.test_cleanup import OLD_SESSIONS
+from tests.integration.test_database_deadlines import tcp_url
+from tests.integration.test_restore_damage import VALUE, damage
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
+    from pathlib import Path
+
+    from tests.conftest import RunOpsctl
+
+PAGES = {page.name: page for page in pages()}
+RUN_ID = re.compile(r"\b\d{8}T\d{6}Z-[0-9a-f]{6}\b")
+NEEDS_SERVICES = "<!-- not typed in the tests: it needs a service manager -->"
+SMALL_DRILL = ("--companies", "2", "--keys", "40")
+
+
+@dataclass
+class Scene:
+    """A fleet on a server that may be stopped, and what was typed so far."""
+
+    fleet: Fleet
+    server: EmbeddedServer
+    typed: list[tuple[Line, Finished]] = field(default_factory=list)
+
+    @property
+    def database(self) -> Database:
+        return self.fleet.database
+
+    def opsctl(self, *words: str) -> Finished:
+        return self.fleet.opsctl(*words)
+
+    def type(self, line: Line) -> None:
+        """Type one line of a page. RUN is the run that was printed last; a drill is the same one, smaller."""
+        said = "".join(done.stdout + done.stderr for _, done in self.typed)
+        last_run = (RUN_ID.findall(said) or ["RUN"])[-1]
+        words = [last_run if word == "RUN" else word for word in line.words]
+        more = SMALL_DRILL if words[:2] == ["drill", "run"] else ()
+        self.typed.append((line, self.fleet.opsctl(*words, *more)))
+
+
+def in_peacetime(scene: Scene) -> None:
+    """Warm copies and a warm cache, as the jobs of every day leave them."""
+    assert scene.opsctl("standby", "sync").returncode == 0
+    assert scene.opsctl("cache", "warm").returncode == 0
+
+
+def server_gone(scene: Scene) -> None:
+    in_peacetime(scene)
+    scene.server.stop()
+
+
+def server_back(scene: Scene) -> None:
+    """It answers again; meanwhile the service has run on the folders."""
+    scene.server.restart()
+    assert scene.opsctl("sessions", "undo", "--yes").returncode == 0
+    session = next(scene.fleet.folder().glob("session-*.json"))
+    session.write_text(session.read_text().replace('"version":"v1"', '"version":"v2"'))
+
+
+def corrupted(scene: Scene) -> None:
+    in_peacetime(scene)
+    scene.database.execute("UPDATE whatsapp_auth SET creds = creds || '{\"accountSyncCounter\": 99}'")
+    assert scene.opsctl("standby", "sync").returncode == 0
+    scene.database.execute(query("drill_corrupt_creds"), {"company_id": FIRST})
+
+
+def unreadable_pages(scene: Scene) -> None:
+    damage(scene.fleet, VALUE)
+
+
+def readable_again(scene: Scene) -> None:
+    scene.database.execute("DROP VIEW whatsapp_keys")
+    scene.database.execute("ALTER TABLE intact_keys RENAME TO whatsapp_keys")
+
+
+def company_deleted(scene: Scene) -> None:
+    in_peacetime(scene)
+    for statement in ("drill_delete_keys", "drill_delete_creds"):
+        scene.database.execute(query(statement), {"company_id": FIRST})
+
+
+def tables_dropped(scene: Scene) -> None:
+    scene.database.execute(query("drill_drop_tables"))
+
+
+def database_dropped(scene: Scene) -> None:
+    in_peacetime(scene)
+    with Database(scene.server, "postgres").connect() as connection:
+        connection.execute("DROP DATABASE fleet WITH (FORCE)")
+
+
+def new_database(scene: Scene) -> None:
+    with Database(scene.server, "postgres").connect() as connection:
+        connection.execute("CREATE DATABASE fleet")
+    with scene.database.connect(autocommit=False) as connection:
+        create_schema(connection)
+
+
+def keys_expired(scene: Scene) -> None:
+    in_peacetime(scene)
+    scene.database.execute(OLD_SESSIONS, [3])
+
+
+def deployed(scene: Scene) -> None:
+    in_peacetime(scene)
+    scene.database.execute("VACUUM ANALYZE")
+
+
+STARTS: dict[str, Callable[[Scene], None]] = {
+    "1-postgresql-unreachable": server_gone,
+    "2-corrupted-session-data": corrupted,
+    "3-accidental-deletion": company_deleted,
+    "4-complete-loss": database_dropped,
+    "cleanup-and-undo": keys_expired,
+    "contacts-and-escalation": server_gone,
+    "deployment-checks": deployed,
+    "first-five-minutes": server_gone,
+    "game-day": in_peacetime,
+}
+ACTS: dict[tuple[str, str], Callable[[Scene], None]] = {
+    ("1-postgresql-unreachable", "The service has run on the folders"): server_back,
+    ("2-corrupted-session-data", "The server cannot read its own pages"): unreadable_pages,
+    ("2-corrupted-session-data", "Undecryptable messages"): readable_again,
+    ("3-accidental-deletion", "Tables are gone, or most of the rows"): tables_dropped,
+    ("4-complete-loss", "Way back"): new_database,
+}
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedServer]:
+    """A server of our own, which the pages stop and start."""
+    with embedded_server(tmp_path_factory.mktemp("runbooks"), tcp=True) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def forking(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
+    with forks(tmp_path_factory.mktemp("forks")) as forking:
+        yield forking
+
+
+@pytest.fixture
+def scene(server: EmbeddedServer, forking: Forks, place: Path) -> Iterator[Scene]:
+    database = Database(server, "fleet")
+    with Database(server, "postgres").connect() as connection:
+        connection.execute("CREATE DATABASE fleet")
+    with database.connect(autocommit=False) as connection:
+        create_schema(connection)
+    app = place / "app"
+    app.mkdir()
+
+    def run(*words: str | Path, env: Mapping[str, str], **_: object) -> Finished:
+        done = forking.run(*words, env={"HOME": str(place), **env})
+        return Finished(done.returncode, done.stdout, done.stderr)
+
+    fleet = Fleet(database, place, cast("RunOpsctl", run))
+    fleet.target = app / "baileys_sessions"
+    fleet.env |= {
+        "DATABASE_URL": tcp_url(server),
+        "APP_DIR": str(app),
+        "STANDBY_DIR": str(place / "standby"),
+        "WHATSAPP_ADDRESS": "none",
+    }
+    fleet.seed()
+    yield Scene(fleet, server)
+    server.restart()
+    with Database(server, "postgres").connect() as connection:
+        connection.execute("DROP DATABASE IF EXISTS fleet WITH (FORCE)")
+
+
+def typed_lines(name: str) -> list[Line]:
+    """The lines of a page that are typed here."""
+    page, lines = PAGES[name], []
+    text = page.text.splitlines()
+    for line in opsctl_lines(page.path, page.text):
+        fence = next((n for n in range(line.number - 1, -1, -1) if text[n].lstrip().startswith("```")), 0)
+        if line.typed and text[max(0, fence - 2)].strip() != NEEDS_SERVICES:
+            lines.append(line)
+    return lines
+
+
+def differences(line: Line, done: Finished) -> list[str]:
+    """What a page says of a line and is not so."""
+    found = [] if done.returncode == line.exit_code else [f"exit {done.returncode}"]
+    said = done.stdout + done.stderr
+    for text in line.output:
+        pattern = r".*".join(map(re.escape, text.split("...")))
+        if not re.search(pattern, said):
+            found.append(f"{text!r} is not printed")
+    return found
+
+
+@pytest.mark.parametrize("name", sorted(STARTS))
+def test_what_the_page_says_of_its_lines_is_so(scene: Scene, name: str) -> None:
+    STARTS[name](scene)
+    section, wrong = "", []
+    for line in typed_lines(name):
+        if line.section != section:
+            section = line.section
+            if act := ACTS.get((name, section)):
+                act(scene)
+        scene.type(line)
+        _, done = scene.typed[-1]
+        wrong += [f"{line.page}:{line.number}: {line.text}: {what}\n{done}" for what in differences(line, done)]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_every_page_has_a_scene() -> None:
+    assert STARTS.keys() == PAGES.keys()
+
+
+def test_every_act_stands_under_a_heading_that_exists() -> None:
+    sections = {(name, line.section) for name in PAGES for line in typed_lines(name)}
+    assert ACTS.keys() <= sections
+
+
+def test_only_lines_that_need_a_service_manager_are_left_out() -> None:
+    left_out = {
+        line.text
+        for page in PAGES.values()
+        for line in opsctl_lines(page.path, page.text)
+        if line.typed and line not in typed_lines(page.name)
+    }
+    assert {text for text in left_out if "switch" not in text} == set()
+
+
+@pytest.mark.parametrize(
+    ("exit_code", "said", "found"),
+    [
+        (0, "would be restored", []),
+        (1, "would be restored", ["exit 1"]),
+        (0, "was restored", ["'would ... restored' is not printed"]),
+    ],
+)
+def test_what_is_not_so_would_be_found(exit_code: int, said: str, found: list[str]) -> None:
+    (line,) = opsctl_lines("x.md", '    opsctl triage\n    # exit 0, "would ... restored"\n')
+    assert differences(line, Finished(exit_code, said, "")) == found
