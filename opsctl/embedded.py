@@ -7,6 +7,7 @@ PostgreSQL refuses to run as root, so under root both run as `nobody`, in a fold
 from __future__ import annotations
 
 import ctypes
+import errno
 import importlib.util
 import os
 import pwd
@@ -328,12 +329,22 @@ def embedded_server(
         yield server
 
 
+def remove_folder(folder: Path) -> None:
+    """Remove it with all in it, also while a process that was just killed still makes or removes files there."""
+    while folder.exists():
+        try:
+            shutil.rmtree(folder)
+        except OSError as error:
+            if error.errno not in {errno.ENOENT, errno.ENOTEMPTY}:
+                raise
+
+
 def _private_folder(remains: ExitStack, parent: Path, account: Account) -> Path:
     """Make a folder that only `account` enters and that goes with `remains`: in `parent`, if the account gets there."""
     for place in (parent, _temporary()):
         if account.reaches(place):
             folder = Path(tempfile.mkdtemp(prefix="opsctl-", dir=place.absolute()))
-            remains.callback(shutil.rmtree, folder)
+            remains.callback(remove_folder, folder)
             os.chown(folder, account.uid, account.gid)
             return folder
     raise EmbeddedServerError(

@@ -11,7 +11,7 @@ import random
 import shutil
 import tempfile
 import time
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,7 @@ import psycopg
 
 from opsctl import process
 from opsctl.baileys.filenames import CREDS_FILE
-from opsctl.embedded import EmbeddedServerError, embedded_server
+from opsctl.embedded import EmbeddedServerError, embedded_server, remove_folder
 from opsctl.errors import Refused
 from opsctl.operations.drill_faults import rehearse_fault
 from opsctl.operations.drill_scene import ENVIRONMENT, Check, Scene, made_scene, passed_if
@@ -114,10 +114,7 @@ def _scratch_folder(parent: Path | None) -> Iterator[Path]:
     try:
         yield folder
     finally:
-        while folder.exists():
-            # What was killed with us may be removing files of its own for an instant longer.
-            with suppress(FileNotFoundError):
-                shutil.rmtree(folder)
+        remove_folder(folder)
 
 
 def _rehearse(
