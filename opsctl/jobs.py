@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
@@ -49,7 +49,9 @@ class Job:
     longest_min: int
     failures: int
     """So many in a row raise an alarm."""
-    measures: tuple[Measure, ...] = field(default=())
+    measures: tuple[Measure, ...] = ()
+    announced: bool = False
+    """Telegram is told how it ended, whatever that was."""
 
     @property
     def name(self) -> str:
@@ -67,6 +69,7 @@ JOBS = (
         120,
         2,
         (Measure("keys", "keys in the table", 2, 500), Measure("deleted", "deleted keys", 10, 100)),
+        announced=True,
     ),
     Job("drill run", "--quiet", "0 4 1 * *", 30, 1, (Measure("companies", "companies", 2, 4),)),
 )

@@ -12,6 +12,8 @@ import re
 import threading
 import time
 import uuid
+from dataclasses import dataclass
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -37,6 +39,25 @@ busy with the emergency itself."""
 COOLDOWN_S = 30 * 60.0
 
 
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """How it stands with a receiver: how much waits for it, and the status of its last answer, if there was one."""
+
+    waiting: int
+    status: int | None
+    at: str | None
+
+
+def standing(state_dir: Path, receiver: str) -> Standing:
+    """For `sentry` and `telegram`."""
+    answer = State(state_dir).kept(f"answers/{receiver}")
+    return Standing(len(_spool(state_dir, receiver).names()), answer.get("status"), answer.get("at"))
+
+
+def _spool(state_dir: Path, receiver: str) -> Spool:
+    return Spool(state_dir / "spool" / receiver)
+
+
 class Notices:
     """What one run tells others; of a watched `job` also that it has begun."""
 
@@ -51,18 +72,20 @@ class Notices:
         until = time.monotonic() + BUDGET_S
         self._beginning = [_in_background(partial(send, until)) for send in self._signals(None)]
 
-    def end(self, ending: Ending, *, event: bool) -> str | None:
+    def end(self, ending: Ending, *, event: bool, message: bool = False) -> str | None:
         """Tell how it ended, and what earlier runs could not; gives the id of the event if Sentry has taken it.
 
-        Takes at most `BUDGET_S`, whatever receivers and the state folder do. An `event` of the same command and kind is
-        sent once in `COOLDOWN_S`, in an emergency always.
+        Takes at most `BUDGET_S`, whatever receivers and the state folder do. An `event` (Sentry) or a `message`
+        (Telegram) of the same command and kind is sent once in `COOLDOWN_S`; an emergency's event always.
         """
         until = time.monotonic() + BUDGET_S
         event_id = uuid.uuid4().hex
         taken: list[str] = []
         sends = self._signals(ending)
         if self._settings["SENTRY_DSN"]:
-            sends.append(partial(self._send_events, ending if event else None, event_id, taken))
+            sends.append(partial(self._send_event, ending if event else None, event_id, taken))
+        if self._settings["TELEGRAM_BOT_TOKEN"] and self._settings["TELEGRAM_CHAT_ID"]:
+            sends.append(partial(self._send_message, ending if message else None))
         for thread in [_in_background(partial(send, until)) for send in sends]:
             thread.join(until - time.monotonic())
         return event_id if event_id in taken else None
@@ -101,20 +124,60 @@ class Notices:
             for thread in self._beginning:
                 thread.join((until - time.monotonic()) / 2)
 
-    def _send_events(self, ending: Ending | None, event_id: str, taken: list[str], until: float) -> None:
+    def _send_event(self, ending: Ending | None, event_id: str, taken: list[str], until: float) -> None:
         from opsctl import sentry
 
         fresh = None
         if ending and (ending.emergency or self._first("sentry", ending)):
             fresh = event_id, sentry.envelope(sentry.event_of(ending, self._settings, event_id))
-        _deliver(self._spool("sentry"), fresh, lambda: sentry.endpoint(self._settings["SENTRY_DSN"]), until, taken)
+        self._deliver("sentry", fresh, lambda: sentry.endpoint(self._settings["SENTRY_DSN"]), until, taken)
+
+    def _send_message(self, ending: Ending | None, until: float) -> None:
+        from opsctl import telegram
+
+        fresh = None
+        if ending and self._first("telegram", ending):
+            fresh = uuid.uuid4().hex, telegram.request_of(ending, self._settings)
+        self._deliver("telegram", fresh, lambda: telegram.endpoint(self._settings), until, [])
 
     def _first(self, receiver: str, ending: Ending) -> bool:
         name = re.sub(r"[^\w-]+", "-", f"{receiver}-{ending.command}-{ending.kind}")
         return State(self._folder).first_in(name, COOLDOWN_S)
 
-    def _spool(self, receiver: str) -> Spool:
-        return Spool(self._folder / "spool" / receiver)
+    def _deliver(
+        self,
+        receiver: str,
+        fresh: tuple[str, bytes] | None,
+        connect: Callable[[], Endpoint],
+        until: float,
+        taken: list[str],
+    ) -> None:
+        """Post what is `fresh` (name, content), then what waits, oldest first, up to the first that is not answered.
+
+        `taken` gets the names that were accepted. Loads and connects to nothing where nothing is to be posted.
+        """
+        spool = _spool(self._folder, receiver)
+
+        def contents() -> Iterator[Waiting]:
+            earlier = spool.names()
+            if fresh is not None:
+                yield spool.add(*fresh)
+            for name in earlier:
+                if waiting := spool.claim(name):
+                    yield waiting
+
+        endpoint = None
+        for waiting in contents():
+            with waiting.held:
+                endpoint = endpoint or connect()
+                status = endpoint.post(waiting.content, until)
+                if not _is_final(status):
+                    return
+                if status < 300:
+                    taken.append(waiting.name)
+                waiting.forget()
+                at = datetime.now(UTC).isoformat(timespec="seconds")
+                State(self._folder).keep(f"answers/{receiver}", {"at": at, "status": status})
 
     @property
     def _folder(self) -> Path:
@@ -149,34 +212,6 @@ def _ping_address(base: str, job: Job, word: str, run: uuid.UUID) -> str:
     parts = urlsplit(base.replace("{job}", job.name))
     path = "/".join(filter(None, (parts.path.rstrip("/"), word)))
     return urlunsplit(parts._replace(path=path, query="&".join(filter(None, (parts.query, f"rid={run}")))))
-
-
-def _deliver(
-    spool: Spool, fresh: tuple[str, bytes] | None, connect: Callable[[], Endpoint], until: float, taken: list[str]
-) -> None:
-    """Post what is `fresh` (name, content), then what waits, oldest first, up to the first that is not answered.
-
-    `taken` gets the names that were accepted. Loads and connects to nothing where nothing is to be posted.
-    """
-
-    def contents() -> Iterator[Waiting]:
-        earlier = spool.names()
-        if fresh is not None:
-            yield spool.add(*fresh)
-        for name in earlier:
-            if waiting := spool.claim(name):
-                yield waiting
-
-    endpoint = None
-    for waiting in contents():
-        with waiting.held:
-            endpoint = endpoint or connect()
-            status = endpoint.post(waiting.content, until)
-            if not _is_final(status):
-                return
-            if status < 300:
-                taken.append(waiting.name)
-            waiting.forget()
 
 
 def _is_final(status: int) -> bool:

@@ -39,6 +39,8 @@ SHAPES: tuple[tuple[re.Pattern[str], str], ...] = tuple(
         # WhatsApp addresses, and what looks like the phone number in them
         (r"(?<!\d)\d{5,}(?:[-._:]\d+){0,3}@[\w.-]+", MASK),
         (r"(?<![A-Za-z\d.])\+?\d{10,15}(?!\d)", MASK),
+        # the token of a Telegram bot, which every address of its API holds
+        (r"\d{6,}:[\w-]{30,}", MASK),
         # 32 bytes or more in hexadecimal or base64; a path is told apart by its first folder or by its lower case
         (r"[0-9a-fA-F]{64,}", MASK),
         (rf"(?<![\w+/-])(?!/(?:{_SYSTEM_FOLDERS})/)(?=[a-z0-9+/_-]*[A-Z])[A-Za-z0-9+/_-]{{43,}}={{0,2}}", MASK),

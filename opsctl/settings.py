@@ -138,6 +138,18 @@ def _time_of_day(value: str) -> TimeOfDay:
     return TimeOfDay(int(match[1]), int(match[2]))
 
 
+def _bot_token(value: str) -> str:
+    if not re.fullmatch(r"[0-9]+:[A-Za-z0-9_-]+", value):
+        raise ValueError("is not a bot's token, as @BotFather gives it")
+    return value
+
+
+def _chat(value: str) -> str:
+    if not re.fullmatch(r"-?[0-9]+|@[A-Za-z0-9_]+", value):
+        raise ValueError("is neither a chat's number nor @channel")
+    return value
+
+
 def _http_address(value: str) -> str:
     if not re.fullmatch(r"https?://[^\s/]+(/\S*)?", value):
         raise ValueError("is not an http(s) address")
@@ -275,6 +287,21 @@ VARIABLES: tuple[Variable, ...] = (
         "Dead-man ping of what cron runs: told /start, nothing more or /EXIT-CODE; {job} becomes the job's name.",
         "https://hc-ping.com/ping-key/{job}?create=1",
         secret=True,
+    ),
+    Variable(
+        "TELEGRAM_BOT_TOKEN",
+        _bot_token,
+        None,
+        "The bot that tells a chat of failed emergency commands and of cleanups.",
+        "123456:token-of-the-bot",
+        secret=True,
+    ),
+    Variable("TELEGRAM_CHAT_ID", _chat, None, "The chat: its number, or @channel.", "-1001234567890"),
+    Variable(
+        "TELEGRAM_API_URL",
+        _http_address,
+        "https://api.telegram.org",
+        "Where Telegram's API is, or a server of your own.",
     ),
 )
 

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 EMERGENCY_DEADLINE_S = 60.0
 SHORTEST_DEADLINE_S, LONGEST_DEADLINE_S = 0.1, 86400.0
-_RECEIVERS = ("SENTRY_DSN", "HEALTHCHECK_URL")
+_RECEIVERS = ("SENTRY_DSN", "HEALTHCHECK_URL", "TELEGRAM_BOT_TOKEN")
 _EMERGENCY_FAILED = frozenset({4, 5, 6, 70})
 BACKSTOP_S = 3.0
 """How long after its deadline a command that does not look at the clock itself is interrupted."""
@@ -457,8 +457,12 @@ class _Frame:
         if notices is None:
             return None
         alarming = ending.exit_code in {1, 4, 6, 70} or (ending.exit_code in {3, 5} and not sys.stderr.isatty())
-        event = self.reports_failures and (alarming or ending.report.noteworthy)
-        return notices.end(ending, event=event)
+        announced = self.job is not None and self.job.announced and (alarming or ending.exit_code == 0)
+        return notices.end(
+            ending,
+            event=self.reports_failures and (alarming or ending.report.noteworthy),
+            message=announced or (alarming and ending.emergency),
+        )
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from opsctl import db, process
+from opsctl import db, notify, process
 from opsctl.errors import Refused, SettingsError
 from opsctl.report import Column, Failure, Outcome, Report
 from opsctl.state import State
@@ -91,6 +91,8 @@ def check(settings: Settings) -> Report:
         _standby_folder(settings),
         _database(settings),
         _error_tracking(settings),
+        _telegram(settings),
+        _dead_man(settings),
         _cron(owner),
     )
     failed = [finding for finding in findings if finding.verdict is Outcome.FAILED]
@@ -258,8 +260,40 @@ def _database(settings: Settings) -> Finding:
 
 def _error_tracking(settings: Settings) -> Finding:
     if settings["SENTRY_DSN"]:
-        return Finding("error tracking", Outcome.OK, "SENTRY_DSN is set")
+        return _receiver(settings, "sentry", "error tracking", "SENTRY_DSN is set", "check SENTRY_DSN")
     return Finding("error tracking", Outcome.WARNING, "failures are reported to nobody", "set SENTRY_DSN")
+
+
+def _telegram(settings: Settings) -> Finding:
+    names = ("TELEGRAM_BOT_TOKEN", "TELEGRAM_CHAT_ID")
+    missing = [name for name in names if not settings[name]]
+    if len(missing) == 1:
+        return Finding("telegram", Outcome.WARNING, f"{missing[0]} is not set, so nothing is sent", f"set {missing[0]}")
+    if missing:
+        return Finding("telegram", Outcome.OK, "not used")
+    return _receiver(settings, "telegram", "telegram", "bot and chat are set", f"check {' and '.join(names)}")
+
+
+def _receiver(settings: Settings, receiver: str, check: str, seen: str, action: str) -> Finding:
+    """What became of what was sent; nothing is sent here."""
+    try:
+        standing = notify.standing(settings.state_dir, receiver)
+    except SettingsError:
+        return Finding(check, Outcome.OK, seen)
+    if standing.status is not None and standing.status >= 300:
+        refused = f"its last answer, at {standing.at}, was {standing.status}: it does not take what is sent"
+        return Finding(check, Outcome.WARNING, refused, action)
+    if standing.waiting:
+        return Finding(check, Outcome.WARNING, f"{standing.waiting} wait because nobody answered", action)
+    return Finding(check, Outcome.OK, seen)
+
+
+def _dead_man(settings: Settings) -> Finding:
+    url = settings["HEALTHCHECK_URL"]
+    if url and "{job}" not in url:
+        seen = "HEALTHCHECK_URL has no {job} in it: one job hides another's silence"
+        return Finding("dead-man ping", Outcome.WARNING, seen, "put {job} into HEALTHCHECK_URL")
+    return Finding("dead-man ping", Outcome.OK, "HEALTHCHECK_URL is set" if url else "not used")
 
 
 def _cron(owner: Owner) -> Finding:

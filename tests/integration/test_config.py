@@ -145,7 +145,7 @@ def test_quiet_is_one_line_where_something_failed(installation: Installation) ->
     done = installation.run_opsctl("config", "check", "--quiet", env=installation.env)
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == (
-        "opsctl config check: 1 of 11 checks failed: database address "
+        "opsctl config check: 1 of 13 checks failed: database address "
         "(set DATABASE_URL or POSTGRES_HOST and POSTGRES_DATABASE)\n"
     )
 

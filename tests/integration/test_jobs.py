@@ -232,7 +232,8 @@ def added_seconds(machine: Machine, **env: str) -> float:
 
 def everybody(url: str) -> dict[str, str]:
     """Every receiver there is, at one address."""
-    return {"SENTRY_DSN": url.replace("//", "//k@") + "/1", "HEALTHCHECK_URL": f"{url}/{{job}}"}
+    telegram = {"TELEGRAM_BOT_TOKEN": "1:token", "TELEGRAM_CHAT_ID": "1", "TELEGRAM_API_URL": url}
+    return {"SENTRY_DSN": url.replace("//", "//k@") + "/1", "HEALTHCHECK_URL": f"{url}/{{job}}", **telegram}
 
 
 @pytest.mark.parametrize("endpoint", HANGING.values(), ids=HANGING.keys())
@@ -241,6 +242,7 @@ def test_receivers_that_all_hang_add_two_seconds_in_all(
 ) -> None:
     with endpoint() as dsn:
         assert 1.0 < added_seconds(machine, **everybody(dsn.replace("k@", "").removesuffix("/1"))) <= 2.0
+    assert [len(list((machine.state / "spool").glob(f"{name}/*"))) for name in ("sentry", "telegram")] == [1, 1]
 
 
 def test_receivers_that_refuse_fail_or_are_slow_add_two_seconds_in_all(machine: Machine, recorder: Recorder) -> None:

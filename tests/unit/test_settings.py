@@ -73,6 +73,9 @@ DEFAULTS = {
     "SENTRY_ENVIRONMENT": "production",
     "HEALTHCHECK_URL": None,
     "CLEANUP_AT": (3, 0),
+    "TELEGRAM_BOT_TOKEN": None,
+    "TELEGRAM_CHAT_ID": None,
+    "TELEGRAM_API_URL": "https://api.telegram.org",
 }
 
 
@@ -107,6 +110,9 @@ def test_what_nobody_sets_has_its_documented_default() -> None:
         ("SENTRY_DSN", "https://key@sentry.example.com/1", "https://key@sentry.example.com/1"),
         ("CLEANUP_AT", "4:05", (4, 5)),
         ("HEALTHCHECK_URL", "https://hc.example.com/{job}?create=1", "https://hc.example.com/{job}?create=1"),
+        ("TELEGRAM_BOT_TOKEN", "123456:AA-b_c", "123456:AA-b_c"),
+        ("TELEGRAM_CHAT_ID", "-1001234567890", "-1001234567890"),
+        ("TELEGRAM_CHAT_ID", "@on_call", "@on_call"),
         ("SERVICE_NAMES", "a, b@1.service ,c", ("a", "b@1.service", "c")),
         ("SERVICE_LOG", "/var/log/a, /var/log/b", (Path("/var/log/a"), Path("/var/log/b"))),
         ("SERVICE_STOP_COMMAND", "/bin/my-stop --now; rm", ("/bin/my-stop", "--now;", "rm")),
@@ -151,6 +157,8 @@ def test_an_empty_value_is_not_set_and_lets_the_next_one_speak(tmp_path: Path, n
         ("RTO_TARGET_SECONDS", "9" * 5000, "is not between 1 and 86400"),
         ("CLEANUP_AT", "24:00", "('24:00') is not a time like 03:00"),
         ("HEALTHCHECK_URL", "hc-ping.com/key", "HEALTHCHECK_URL is not an http(s) address"),
+        ("TELEGRAM_BOT_TOKEN", "123456:a/../b", "TELEGRAM_BOT_TOKEN is not a bot's token"),
+        ("TELEGRAM_CHAT_ID", "vosarsen", "('vosarsen') is neither a chat's number nor @channel"),
         ("DB_CLEANUP_RETENTION_DAYS", "6", "('6') is not between 7 and 3650"),
         ("DB_QUERY_LATENCY_THRESHOLD_MS", "0", "('0') is not between 1 and 600000"),
         ("CREDENTIALS_CACHE_TTL_MS", "-1", "('-1') is not between 1 and 86400000"),
@@ -284,12 +292,15 @@ def test_the_environment_is_named_or_sentrys(tmp_path: Path) -> None:
 
 def test_no_secret_is_shown_or_represented(tmp_path: Path) -> None:
     secret = {v.name for v in VARIABLES if v.secret}
-    assert secret == {"DATABASE_URL", "OPSCTL_REPLICA_URL", "POSTGRES_PASSWORD", "SENTRY_DSN", "HEALTHCHECK_URL"}
+    assert secret == {
+        "DATABASE_URL", "OPSCTL_REPLICA_URL", "POSTGRES_PASSWORD", "SENTRY_DSN", "HEALTHCHECK_URL", "TELEGRAM_BOT_TOKEN"
+    }  # fmt: skip
     settings = settings_of(
         tmp_path,
         f"DATABASE_URL=postgresql://user:{SECRET}@db/whatsapp\nSENTRY_DSN=https://{SECRET}@sentry.example.com/1",
         POSTGRES_PASSWORD=SECRET,
         OPSCTL_REPLICA_URL=f"postgresql://user:{SECRET}@replica/whatsapp",
+        TELEGRAM_BOT_TOKEN=f"123456:{SECRET}",
         HEALTHCHECK_URL=f"https://hc-ping.com/{SECRET}/{{job}}",
     )
     assert {settings.all[name].shown() for name in secret} == {"********"}
