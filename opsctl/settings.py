@@ -69,6 +69,16 @@ class Limits(NamedTuple):
         return f"{self.warning}/{self.critical}"
 
 
+class Flag(NamedTuple):
+    """One environment variable that a switch sets."""
+
+    name: str
+    value: str
+
+    def __str__(self) -> str:
+        return f"{self.name}={self.value}"
+
+
 def _limits(high: int, *, falling: bool = False) -> Callable[[str], Limits]:
     """`WARNING/CRITICAL`, whole numbers; the second is the larger one, or the smaller one of what gets less."""
 
@@ -112,6 +122,42 @@ def _words(value: str) -> tuple[str, ...]:
         return tuple(shlex.split(value))
     except ValueError:
         raise ValueError("has an open quote") from None
+
+
+def _flags(value: str) -> tuple[Flag, ...]:
+    flags = tuple(Flag(*flag.strip().split("=", 1)) for flag in value.split(",") if "=" in flag)
+    if len(flags) != value.count(",") + 1:
+        raise ValueError("is not a list of NAME=value with commas between them")
+    if not all(
+        re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name) and re.fullmatch(r"[\w.:/@+-]*", to) for name, to in flags
+    ):
+        raise ValueError("is not a list of NAME=value, of plain words")
+    return flags
+
+
+def _patterns(value: str) -> tuple[str, ...]:
+    patterns = tuple(pattern.strip() for pattern in value.split(","))
+    if not all(patterns):
+        raise ValueError("is not a list of words with commas between them")
+    return patterns
+
+
+def _git_name(value: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_./-]*", value) or ".." in value:
+        raise ValueError("is not the name of a tag")
+    return value
+
+
+def _file_name(value: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9_.-]+", value) or value in {".", ".."}:
+        raise ValueError("is not the name of a file in the service's folder")
+    return value
+
+
+def _company_address(value: str) -> str:
+    if "{company}" not in value:
+        raise ValueError("does not say where {company} goes")
+    return _http_address(value)
 
 
 def _host_and_port(value: str) -> str:
@@ -223,6 +269,58 @@ VARIABLES: tuple[Variable, ...] = (
         (),
         "The service's log files, with commas between them, where its manager does not know them.",
         "/var/log/app/service.log",
+    ),
+    Variable(
+        "EMERGENCY_TAG", _git_name, "emergency-file-fallback-v1", "The git tag whose code runs on session folders."
+    ),
+    Variable(
+        "FALLBACK_DIR",
+        _path,
+        None,
+        "The worktree of that tag, with dependencies and an env file of its own; made by opsctl switch prepare.",
+        "/srv/app-fallback",
+    ),
+    Variable(
+        "FALLBACK_INSTALL_COMMAND", _words, ("npm", "ci"), "Installs its dependencies, in FALLBACK_DIR.", "npm ci"
+    ),
+    Variable(
+        "FALLBACK_DRY_BOOT_COMMAND",
+        _words,
+        (),
+        "Loads its code and configuration without connecting; ends with 0, or is stopped after some seconds. No shell.",
+        "node -e \"require('./src/config')\"",
+    ),
+    Variable("FALLBACK_DRY_BOOT_SECONDS", _whole(1, 300), 10, "How long it has to run to count as started, in s."),
+    Variable("SERVICE_ENV_FILE", _file_name, ".env", "The service's env file, in APP_DIR and in FALLBACK_DIR."),
+    Variable(
+        "SWITCH_FLAGS",
+        _flags,
+        (
+            Flag("USE_REPOSITORY_PATTERN", "false"),
+            Flag("USE_DATABASE_AUTH_STATE", "false"),
+            Flag("USE_LEGACY_SUPABASE", "false"),
+        ),
+        "What the service needs in its environment to run on session folders.",
+    ),
+    Variable(
+        "CONNECTED_PATTERNS",
+        _patterns,
+        ("connection open", "Connected to WhatsApp"),
+        "What the service logs, beside a company's id, when it is connected; with commas between them.",
+    ),
+    Variable(
+        "CONNECTED_ADDRESS",
+        _company_address,
+        None,
+        "Answers 200 when {company} is connected, for services whose log does not tell.",
+        "http://127.0.0.1:3000/health/{company}",
+    ),
+    Variable("CONNECT_TIMEOUT_SECONDS", _whole(1, 3600), 180, "How long companies may take to connect, in s."),
+    Variable(
+        "CONNECT_WATCH_SECONDS",
+        _whole(0, 600),
+        60,
+        "How long the log is watched for undecryptable messages once they are connected, in s.",
     ),
     Variable(
         "WHATSAPP_ADDRESS",
