@@ -55,11 +55,16 @@ def bare_environment(**more: str) -> dict[str, str]:
 
 
 def run(
-    words: Sequence[str], *, environment: Mapping[str, str], timeout_s: float, account: Account | None = None
+    words: Sequence[str],
+    *,
+    environment: Mapping[str, str],
+    timeout_s: float,
+    account: Account | None = None,
+    folder: Path | None = None,
 ) -> Finished:
     """Run a program to its end, or kill it and what it started after `timeout_s`. Raises OSError where it cannot run.
 
-    As root it can run as another `account`, with that user's groups.
+    As root it can run as another `account`, with that user's groups; in `folder`, else as another user in `/`.
     """
     with subprocess.Popen(
         list(words),
@@ -68,7 +73,7 @@ def run(
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         start_new_session=True,
-        cwd="/" if account else None,  # where every user may be
+        cwd=folder or ("/" if account else None),  # where every user may be
         user=account.uid if account else None,
         group=account.gid if account else None,
         extra_groups=os.getgrouplist(account.name, account.gid) if account else None,

@@ -28,7 +28,7 @@ from opsctl.errors import HalfDone, Refused, SettingsError
 from opsctl.process import Account
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
     from opsctl.db import Connection
     from opsctl.settings import Settings
@@ -110,21 +110,21 @@ def manager(settings: Settings) -> Manager | None:
     if not names:
         raise SettingsError(f"SERVICE_MANAGER is {kind} and SERVICE_NAMES is not set", hint="set SERVICE_NAMES")
     if kind == "systemd":
-        return _Systemd(names, logs)
+        return Systemd(names, logs)
     if kind == "pm2":
-        account = _account(settings)
-        return _Pm2(names, logs, account, settings["PM2_HOME"] or account.home / ".pm2")
+        whose = account(settings)
+        return Pm2(names, logs, whose, settings["PM2_HOME"] or whose.home / ".pm2")
     commands = [settings[name] for name in _COMMANDS]
     missing = [name for name, words in zip(_COMMANDS, commands, strict=True) if not words]
     if missing:
         raise SettingsError(f"SERVICE_MANAGER is command and {', '.join(missing)} is not set")
-    return _Command(names, logs, *commands)
+    return Command(names, logs, *commands)
 
 
 _COMMANDS = ("SERVICE_STATUS_COMMAND", "SERVICE_STOP_COMMAND", "SERVICE_START_COMMAND")
 
 
-def _account(settings: Settings) -> Account:
+def account(settings: Settings) -> Account:
     """SERVICE_USER, else the owner of APP_DIR, else whoever runs this."""
     name, app_dir = settings["SERVICE_USER"], settings["APP_DIR"]
     uid = os.geteuid()
@@ -223,9 +223,13 @@ def stop(manager: Manager, *, timeout_s: float = ACT_TIMEOUT_S) -> tuple[Service
 
 
 def start(
-    manager: Manager, *, environment: Mapping[str, str] | None = None, timeout_s: float = ACT_TIMEOUT_S
+    manager: Manager,
+    *,
+    environment: Mapping[str, str] | None = None,
+    only: Collection[str] | None = None,
+    timeout_s: float = ACT_TIMEOUT_S,
 ) -> tuple[Service, ...]:
-    """Start every service that does not run and wait until each has a process.
+    """Start every service that does not run, or `only` these, and wait until each has a process.
 
     `environment` reaches the service through PM2 (`--update-env`) or a start command; a systemd unit reads its own
     EnvironmentFile. What counts is what `environment_of` finds afterwards.
@@ -234,8 +238,9 @@ def start(
     """
     give_up_at = time.monotonic() + timeout_s
     services = _all_known(manager, timeout_s)
-    idle = [service for service in services if service.state is not State.RUNNING]
-    return _started(manager, idle, give_up_at, environment or {})
+    names = set(manager.names if only is None else only)
+    idle = [service for service in services if service.state is not State.RUNNING and service.name in names]
+    return _started(manager, idle, names, give_up_at, environment or {})
 
 
 def restart(
@@ -244,7 +249,7 @@ def restart(
     """Stop every service, proven, and start it again with `environment` (see `start`)."""
     give_up_at = time.monotonic() + timeout_s
     services = stop(manager, timeout_s=timeout_s)
-    return _started(manager, services, give_up_at, environment or {})
+    return _started(manager, services, set(manager.names), give_up_at, environment or {})
 
 
 def _all_known(manager: Manager, timeout_s: float) -> tuple[Service, ...]:
@@ -256,13 +261,13 @@ def _all_known(manager: Manager, timeout_s: float) -> tuple[Service, ...]:
 
 
 def _started(
-    manager: Manager, idle: Sequence[Service], give_up_at: float, environment: Mapping[str, str]
+    manager: Manager, idle: Sequence[Service], names: set[str], give_up_at: float, environment: Mapping[str, str]
 ) -> tuple[Service, ...]:
     lines = manager.start_lines(idle, new_environment=bool(environment)) if idle else []
     complaint = _run_all(manager, lines, give_up_at, environment)
     while True:
         services = manager.look(max(1.0, give_up_at - time.monotonic()))
-        waiting = [service for service in services if service.state is not State.RUNNING]
+        waiting = [service for service in services if service.state is not State.RUNNING and service.name in names]
         if not waiting:
             return services
         if time.monotonic() >= give_up_at or complaint:
@@ -286,27 +291,30 @@ def _run_all(manager: Manager, lines: list[list[str]], give_up_at: float, enviro
 
 
 @dataclass(frozen=True, slots=True)
-class _Pm2:
+class Pm2:
+    """PM2 of one user, in one folder."""
+
     names: tuple[str, ...]
     logs: tuple[Path, ...]
     account: Account
     home: Path
 
     def look(self, timeout_s: float) -> tuple[Service, ...]:
-        problem = self._unreachable()
-        listed: list[dict[str, Any]] = []
-        if problem is None:
-            done = self.run(("pm2", "jlist"), timeout_s, {})
-            found = _process_list(done.stdout)
-            if found is None:
-                problem = f"PM2 of {self.account.name} does not answer"
-            elif not found:
-                problem = f"the PM2 of {self.account.name} in {self.home} has no processes at all: is it the right one?"
-            listed = found or []
+        listed, problem = self.listed(timeout_s)
+        if problem is None and not listed:
+            problem = f"the PM2 of {self.account.name} in {self.home} has no processes at all: is it the right one?"
         return tuple(
             self._service(name, [entry for entry in listed if entry.get("name") == name], problem)
             for name in self.names
         )
+
+    def listed(self, timeout_s: float) -> tuple[list[dict[str, Any]], str | None]:
+        """PM2's whole process list, or why there is none. It holds the environments, and so secrets."""
+        problem = self._unreachable()
+        if problem is not None:
+            return [], problem
+        found = _process_list(self.run(("pm2", "jlist"), timeout_s, {}).stdout)
+        return found or [], None if found is not None else f"PM2 of {self.account.name} does not answer"
 
     def _unreachable(self) -> str | None:
         """Why PM2 cannot be asked. It starts a daemon wherever it finds none, so the daemon is looked for first."""
@@ -414,7 +422,9 @@ def _mapping(value: object) -> dict[str, Any]:
 
 
 @dataclass(frozen=True, slots=True)
-class _Systemd:
+class Systemd:
+    """systemd of this machine."""
+
     names: tuple[str, ...]
     logs: tuple[Path, ...]
 
@@ -493,7 +503,7 @@ def _number(text: str | None, *, least: int = 1) -> list[int]:
 
 
 @dataclass(frozen=True, slots=True)
-class _Command:
+class Command:
     """Each command gets a service's name as its last word. The status command answers as init scripts do (LSB)."""
 
     names: tuple[str, ...]
