@@ -6,6 +6,7 @@ logs a 401 now and then.
 """
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -63,6 +64,7 @@ _INTERESTING: Final = re.compile(
     r"\b(?:401|403|440)\b|device_removed|replaced|Replaced|Bad MAC|No matching|No session|Invalid PreKey|open|Connected"
 )
 _OPEN: Final = re.compile(r"opened connection to WA|connection\"?'?\s*[:=]?\s*\"?'?open\b|Connected to WhatsApp")
+_CLOSED: Final = re.compile(r"connection\"?'?\s*[:=]?\s*\"?'?(?:closed?|errored)\b|stream errored")
 _EPOCH: Final = re.compile(r'"time":(\d{13})\b')
 _ISO: Final = re.compile(r"(\d{4}-\d\d-\d\d)[T ](\d\d:\d\d:\d\d)(?:[.,]\d+)?(Z|[+-]\d\d:?\d\d)?")
 _DECRYPTION_WORDS: Final = re.compile("Bad MAC|No matching sessions found|No session record|Invalid PreKey ID")
@@ -104,6 +106,44 @@ def hear(lines: Iterable[str], *, known: Sequence[str], since: datetime) -> tupl
     )
 
 
+def connected(lines: Iterable[str], *, known: Sequence[str], patterns: Sequence[str]) -> set[str]:
+    """The companies whose last word on it is that their connection has opened, by Baileys' words or by `patterns`.
+
+    A line that names no company counts only where one alone is known.
+
+    >>> sorted(connected(['company 962302 connection open', 'connection open'], known=["962302", "7"], patterns=()))
+    ['962302']
+    >>> connected(['962302 connection open', '962302 connection closed, 428'], known=["962302"], patterns=())
+    set()
+    """
+    names = _any_of(known, shortest=1)
+    found: set[str] = set()
+    for line in lines:
+        opened = any(pattern in line for pattern in patterns) or _OPEN.search(line)
+        if not opened and not _CLOSED.search(line):
+            continue
+        match = names.search(line) if names else None
+        company = match[0] if match else known[0] if len(known) == 1 else None
+        if company is None:
+            continue
+        if opened:
+            found.add(company)
+        else:
+            found.discard(company)
+    return found
+
+
+def undecryptable(lines: Iterable[str], *, known: Sequence[str]) -> Counter[str]:
+    """How many lines say of each company that a message cannot be decrypted; of none that is named, under ``."""
+    names = _any_of(known, shortest=1)
+    told: Counter[str] = Counter()
+    for line in lines:
+        if _DECRYPTION_WORDS.search(line):
+            match = names.search(line) if names else None
+            told[match[0] if match else ""] += 1
+    return told
+
+
 def _words(trouble: Trouble, line: str) -> str:
     """A few words of ours for what a line says: nothing of the line itself, which may hold anything, leaves here."""
     codes = {Trouble.LOGGED_OUT: "401", Trouble.FORBIDDEN: "403", Trouble.REPLACED: "440"}
@@ -111,8 +151,8 @@ def _words(trouble: Trouble, line: str) -> str:
     return codes.get(trouble) or (match[0] if match else "No session")
 
 
-def _any_of(known: Sequence[str]) -> re.Pattern[str] | None:
-    names = sorted((name for name in known if len(name) > 2), key=len, reverse=True)
+def _any_of(known: Sequence[str], *, shortest: int = 3) -> re.Pattern[str] | None:
+    names = sorted((name for name in known if len(name) >= shortest), key=len, reverse=True)
     if not names:
         return None
     return re.compile(rf"(?<![A-Za-z0-9])(?:{'|'.join(map(re.escape, names))})(?![A-Za-z0-9])")
