@@ -22,7 +22,8 @@ import opsctl
 from opsctl.baileys import credentials
 from opsctl.baileys.filenames import CREDS_FILE, UnwritableName, folder_name, key_file_name
 from opsctl.baileys.key_types import KNOWN, ExpiryPolicy
-from opsctl.errors import DatabaseUnavailable, HalfDone, OpsctlError, Refused
+from opsctl.errors import AlreadyRunning, DatabaseUnavailable, HalfDone, OpsctlError, Refused
+from opsctl.operations.sources import moment
 from opsctl.report import Column, Failure, Report
 from opsctl.stores.folder import entries_of, opened, read_file
 from opsctl.stores.live import Base, LiveDatabase, LiveFolders
@@ -50,6 +51,8 @@ LIVE_LOSS = 100
 """But not where all but one in so many of them were past their retention: that was a cleanup."""
 _EVERY_ONE = 5
 """So many keys of one type, and no other left: that is no ordinary day either."""
+_SWITCHING = timedelta(minutes=15)
+"""A switch that takes longer was left in the middle."""
 _CLOCK_TOLERANCE = timedelta(seconds=1)
 _BATCH_COMPANIES, _BATCH_FILES = 100, 50_000
 _VERIFY_RUNS = 1440
@@ -133,8 +136,18 @@ _SYNC_COLUMNS = (
 def live_sessions(
     open_snapshot: Callable[[], AbstractContextManager[Snapshot]], sessions_dir: Path | None, *, now: datetime
 ) -> Iterator[Live]:
-    """The folders while a switch is on record beside them, else the database."""
-    if sessions_dir is not None and read_switch(sessions_dir) is not None:
+    """The folders while a switch is on record beside them, else the database.
+
+    Raises `AlreadyRunning` while a switch is under way: neither is the truth that a copy should show. One that was left
+    in the middle is `Refused`.
+    """
+    record = read_switch(sessions_dir) if sessions_dir is not None else None
+    if record is not None and record.is_switching:
+        words = f"a switch is under way since {record.since} ({record.phase}), so the copies stay as they are"
+        if now - moment(record.since) < _SWITCHING:
+            raise AlreadyRunning(words, hint="opsctl switch status")
+        raise Refused(words, kind="half-switched", hint="opsctl switch status")
+    if sessions_dir is not None and record is not None and record.folders_are_the_truth:
         yield LiveFolders(sessions_dir, now=now)
     else:
         with open_snapshot() as snapshot:

@@ -286,7 +286,7 @@ def _log_lines(view: View) -> list[str]:
 def _owner(view: View) -> str | None:
     if not view.owner_known:
         return None
-    return "folders" if view.switch else "database"
+    return "folders" if view.switch and view.switch.folders_are_the_truth else "database"
 
 
 def _owner_sentence(view: View) -> str:
@@ -297,6 +297,8 @@ def _owner_sentence(view: View) -> str:
         return f"who owns the sessions is not known: {view.sessions_dir} does not answer"
     if view.switch is None:
         return "the sessions belong to PostgreSQL: no switch is on record"
+    if not view.switch.folders_are_the_truth:
+        return f"the sessions belong to PostgreSQL, and a switch is under way or was left: {view.switch.phase}"
     return (
         f"the sessions belong to the folders in {view.sessions_dir} since {view.switch.since} "
         f"({view.switch.phase}): what PostgreSQL has is the stale copy"
