@@ -6,12 +6,14 @@ from typing import Annotated
 import typer
 
 import opsctl
-from opsctl.cli import cache, config, db, drill, frame, keys, runbook, sessions, standby, triage
+from opsctl.cli import cache, config, db, drill, frame, keys, runbook, sessions, standby, switch, triage
 
 EMERGENCY = """\
 PostgreSQL is down and WhatsApp with it? In this order:
 
   opsctl triage                                      what is broken, and the next line
+  opsctl sessions restore --switch                   everything, until WhatsApp is connected
+or step by step:
   pm2 stop SERVICES                                  nobody may own the sessions
   opsctl sessions restore --service-stopped          sessions back as files, proven
   opsctl sessions verify DIR                         will they log in?
@@ -27,6 +29,7 @@ app = typer.Typer(
 )
 app.add_typer(triage.app)  # without a name of its own: the first thing that is typed is one word
 app.add_typer(sessions.app, name="sessions")
+app.add_typer(switch.app, name="switch")
 app.add_typer(db.app, name="db")
 app.add_typer(standby.app, name="standby")
 app.add_typer(cache.app, name="cache")

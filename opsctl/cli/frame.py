@@ -136,6 +136,21 @@ class Deadline:
         """Seconds left, at least 0; None where there is no deadline."""
         return None if self.seconds is None else max(0.0, self._started + self.seconds - self._clock())
 
+    def lift(self) -> None:
+        """No end any more: what is done from here on has limits of its own, step by step."""
+        self.seconds = None
+        signal.setitimer(signal.ITIMER_REAL, 0)
+
+    @contextmanager
+    def limited(self, seconds: float) -> Iterator[Callable[[], float | None]]:
+        """An end in so many seconds, for the block; gives what is left of them."""
+        self.seconds, self._started = seconds, self._clock()
+        signal.setitimer(signal.ITIMER_REAL, seconds + BACKSTOP_S)
+        try:
+            yield self.remaining
+        finally:
+            self.lift()
+
     @contextmanager
     def paused(self) -> Iterator[None]:
         """While a person is asked: thinking does not use the deadline up."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from opsctl.cli.frame import Companies, DryRun, Group, Invocation, Since, Yes, command
+from opsctl.cli.frame import EMERGENCY_DEADLINE_S, Companies, DryRun, Group, Invocation, Since, Yes, command
 from opsctl.report import Report
 
 if TYPE_CHECKING:
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
     from opsctl.db import Connection
+    from opsctl.operations.restore import Wish
     from opsctl.operations.sources import Found
     from opsctl.stores.publishing import Owner
     from opsctl.stores.rewriting import Archiving
@@ -76,6 +77,7 @@ class Against(StrEnum):
     emergency=True,
     examples=(
         "opsctl sessions restore --service-stopped     everything, freshly",
+        "opsctl sessions restore --switch --yes        and the service runs on it, connected",
         "opsctl sessions restore --dry-run             what would happen",
         "opsctl sessions restore --company 962302 --to /srv/sessions",
         "opsctl sessions restore --service-stopped --discard-changes --yes --json",
@@ -108,6 +110,13 @@ def restore(
     accept_damaged: Annotated[
         bool, typer.Option("--accept-damaged", help="Publish companies whose credentials cannot log in.")
     ] = False,
+    accept_live_service: AcceptLiveService = False,
+    switch: Annotated[
+        bool, typer.Option("--switch", help="Stop the services, and start them on the folders; asks first.")
+    ] = False,
+    skip_restart: Annotated[
+        bool, typer.Option("--skip-restart", help="With --switch: leave the services stopped, and say how they start.")
+    ] = False,
     since: Since = None,
     dry_run: DryRun = False,
     yes: Yes = False,
@@ -117,29 +126,71 @@ def restore(
     Reads one snapshot, writes all folders beside the ones in place and reads every file back, syncs, and only then
     exchanges them, company by company. Killed at any instant, each folder is the old one or the new one, whole.
     """
+    from opsctl.errors import UsageError
     from opsctl.operations.restore import Wish, preview_restore
     from opsctl.operations.restore import restore as restore_sessions
+    from opsctl.operations.single_owner import how_stopped
 
     run: Invocation = ctx.obj
     target = to.absolute() if to else run.settings.sessions_dir
+    if skip_restart and not switch:
+        raise UsageError("--skip-restart is of --switch", hint="without --switch no service is touched")
     wish = Wish(
         target=target,
         owner=_owner(run, owner, target),
         environment=run.settings.environment,
         run_id=run.run_id,
         companies=tuple(company or ()),
-        service_stopped=service_stopped,
+        service_stopped="operator" if service_stopped else "",
         drop_stale=stale,
         replace_foreign=replace,
         discard_changes=discard_changes,
         accept_damaged=accept_damaged,
     )
     find = _sources(run, source, generation, wish.owner)
+    if switch:
+        return _switch(run, find, wish, skip_restart=skip_restart, dry_run=dry_run)
     if dry_run:
         return preview_restore(find, wish, journal=run.journal, remaining=run.deadline.remaining)
     if replace or discard_changes:
         run.confirm(f"Set aside what stands in {target} and restore over it?")
+    stopped = how_stopped(
+        run.settings, _short_connection(run), operators_word=service_stopped, accept_live=accept_live_service
+    )
+    wish = replace_fields(wish, service_stopped=stopped)
     return restore_sessions(find, wish, journal=run.journal, remaining=run.deadline.remaining)
+
+
+def _switch(
+    run: Invocation,
+    find: "Callable[[], AbstractContextManager[Found]]",
+    wish: "Wish",
+    *,
+    skip_restart: bool,
+    dry_run: bool,
+) -> Report:
+    """`restore --switch`: --deadline is then of the restore; the other steps have limits of their own."""
+    from opsctl.errors import UsageError
+    from opsctl.operations.last_sync import last_sync
+    from opsctl.operations.single_owner import nobody_writes
+    from opsctl.operations.switch import SwitchWish, machinery, preview_switch, switch_over
+
+    if wish.target != run.settings.sessions_dir:
+        raise UsageError(f"the service reads {run.settings.sessions_dir}", hint="leave --to out, or set SESSIONS_DIR")
+    seconds = run.deadline.seconds or EMERGENCY_DEADLINE_S
+    machine = machinery(run.settings)
+    run.deadline.lift()
+    switching = SwitchWish(
+        restore=wish,
+        skip_restart=skip_restart,
+        nobody_writes=lambda: nobody_writes(_short_connection(run)),
+        last_sync=lambda: last_sync(run.settings, wish.owner, run_id=run.run_id),
+        limited=lambda: run.deadline.limited(seconds),
+    )
+    if dry_run:
+        return preview_switch(machine, find, switching, journal=run.journal)
+    run.confirm(f"Stop {', '.join(machine.manager.names)}, restore, and start on the folders in {wish.target}?")
+    return switch_over(machine, find, switching, journal=run.journal)
 
 
 @command(
@@ -176,12 +227,14 @@ def failback(
     """Bring the folders back into PostgreSQL, and prove it.
 
     Holds each file against its row and against what was published. Planned for every company before any row is
-    written; each company is one transaction, archived first and read back before it commits.
+    written; each company is one transaction, archived first and read back before it commits. Where a switch is on
+    record the services are stopped for it, and started on PostgreSQL again, as they were.
     """
     from opsctl.baileys.buffers import StoredForm
     from opsctl.operations import failback as failing_back
     from opsctl.operations.failback_undo import UndoWish, preview_undo, undo_failback
-    from opsctl.operations.single_owner import require_stopped
+    from opsctl.operations.single_owner import nobody_writes, require_stopped
+    from opsctl.operations.switch_back import WayBack, machinery_of_record, switch_back
     from opsctl.operations.three_way import Prefer as Preferred
 
     run: Invocation = ctx.obj
@@ -202,6 +255,18 @@ def failback(
         if undo:
             return preview_undo(connection, undo_wish, journal=run.journal)
         return failing_back.preview_failback(database, wish, journal=run.journal)
+    if not undo and (machine := machinery_of_record(run.settings, folders)):
+        seconds = run.deadline.seconds or EMERGENCY_DEADLINE_S
+        run.deadline.lift()
+        way_back = WayBack(
+            wish=wish,
+            open_snapshot=database,
+            open_connection=connection,
+            nobody_writes=lambda: nobody_writes(_short_connection(run)),
+            limited=lambda: run.deadline.limited(seconds),
+            confirm=run.confirm,
+        )
+        return switch_back(machine, way_back, journal=run.journal)
     require_stopped(run.settings, connection, operators_word=service_stopped, accept_live=accept_live_service)
     if undo:
         run.confirm(f"Put the rows back that failback {undo} changed?")
@@ -209,7 +274,9 @@ def failback(
     with failing_back.planned_failback(database, wish, journal=run.journal) as plan:
         if plan.writes:
             run.confirm(plan.question)
-        return plan.write(connection, journal=run.journal, remaining=run.deadline.remaining)
+        report = plan.write(connection, journal=run.journal, remaining=run.deadline.remaining)
+        plan.settle_switch()
+        return report
 
 
 @command(
@@ -430,6 +497,22 @@ def _archiving(run: Invocation) -> "Archiving":
         state_dir=settings.state_dir,
         keep=timedelta(days=settings["ARCHIVE_KEEP_DAYS"]),
     )
+
+
+_CONNECT_S, _NOBODY_WRITES_S = 2.0, 6.0
+"""For connecting, and standing still for three seconds: a frozen server must not use the deadline up."""
+
+
+def _short_connection(run: Invocation) -> "Callable[[], AbstractContextManager[Connection]] | None":
+    """Opens a connection for a look at who writes; None where no database is set."""
+    from opsctl import db
+    from opsctl.errors import SettingsError
+
+    try:
+        address = db.address(run.settings)
+    except SettingsError:
+        return None
+    return lambda: db.connect(address, _NOBODY_WRITES_S, connect_s=_CONNECT_S)
 
 
 def _connection(run: Invocation) -> "Callable[[], AbstractContextManager[Connection]]":

@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 import os
 import shlex
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from enum import StrEnum
@@ -175,6 +175,8 @@ class Failback:
     def __init__(self, root: SessionsRoot, plan: _FleetPlan) -> None:
         self._root = root
         self._plan = plan
+        self.all_back = False
+        """Whether every company of the folders is in the database; after `write`."""
 
     @property
     def question(self) -> str:
@@ -215,9 +217,8 @@ class Failback:
                     "type it again, or look with --dry-run"
                 )
         self._mark(rows)
-        report = _report(plan, rows, f"brought back from {plan.wish.source} into {plan.wish.database}")
-        self._settle_switch(rows)
-        return report
+        self.all_back = not plan.wish.companies and all(row.result in _DONE for row in rows)
+        return _report(plan, rows, f"brought back from {plan.wish.source} into {plan.wish.database}")
 
     def _written(
         self, connection: Connection, archive: Archive, company: CompanyPlan, remaining: Remaining
@@ -259,21 +260,25 @@ class Failback:
                     "the next restore will ask for --discard-changes"
                 )
 
-    def _settle_switch(self, rows: Sequence[CompanyRow]) -> None:
-        """The folders own the sessions until every company of theirs is back."""
-        if not self._plan.wish.companies and all(row.result in _DONE for row in rows):
+    def settle_switch(self) -> None:
+        """Where nobody moves the services back from here: the folders own the sessions until every company is back."""
+        if self.all_back:
             clear_switch(self._root.own_fd)
 
 
 @contextmanager
-def planned_failback(open_snapshot: OpenSnapshot, wish: FailbackWish, *, journal: Journal) -> Iterator[Failback]:
+def planned_failback(
+    open_snapshot: OpenSnapshot, wish: FailbackWish, *, journal: Journal, locked: SessionsRoot | None = None
+) -> Iterator[Failback]:
     """A failback of all wished companies, planned, under the lock of their folders.
 
-    Raises `DatabaseUnavailable`, `Refused`, `Locked`, all with nothing changed.
+    `locked`: the folders, where somebody holds their lock. Raises `DatabaseUnavailable`, `Refused`, `Locked`, all with
+    nothing changed.
     """
     if not wish.source.is_dir():
         raise _no_folders(wish)
-    with locked_root(wish.source, Owner.of(wish.source), run_id=wish.run_id) as root:
+    taken = nullcontext(locked) if locked else locked_root(wish.source, Owner.of(wish.source), run_id=wish.run_id)
+    with taken as root:
         root.recover()
         yield Failback(root, _plan(open_snapshot, root.fd, wish, journal))
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import time
 from collections import Counter
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
@@ -56,7 +56,8 @@ class Wish:
     environment: str
     run_id: str
     companies: tuple[str, ...] = ()
-    service_stopped: bool = False
+    service_stopped: str = ""
+    """How it is known: `proven`, or `operator` for a word; empty where it is not."""
     drop_stale: bool = False
     replace_foreign: bool = False
     discard_changes: bool = False
@@ -79,22 +80,27 @@ class _Plan:
 
     def is_fresh(self, offer: Offer) -> bool:
         """Whether the service was stopped before the moment that it shows, by the operator's word."""
-        return self.wish.service_stopped and offer.source.is_primary
+        return bool(self.wish.service_stopped) and offer.source.is_primary
 
 
-def restore(find: FindSources, wish: Wish, *, journal: Journal, remaining: Remaining) -> Report:
+def restore(
+    find: FindSources, wish: Wish, *, journal: Journal, remaining: Remaining, locked: SessionsRoot | None = None
+) -> Report:
     """Restore the wished companies into `wish.target` and say how it went.
 
-    Raises `SourceUnavailable`, `Refused`, `Locked`, all with nothing changed.
+    `locked`: the target, where a switch holds its lock. Raises `SourceUnavailable`, `Refused`, `Locked`, all with
+    nothing changed.
     """
     check_root(wish.target, wish.owner)
-    _refuse_switched(wish)
+    if locked is None:
+        _refuse_switched(wish)
     staging = None
     published_at: float | None = None
     with ExitStack() as reading:
         plan = _begin(reading, find, wish, journal)
         try:
-            with locked_root(wish.target, wish.owner, run_id=wish.run_id) as root:
+            taken = nullcontext(locked) if locked else locked_root(wish.target, wish.owner, run_id=wish.run_id)
+            with taken as root:
                 for run_id in root.recover():
                     plan.telling.details.append(f"run {run_id} was killed; what it left was tidied up")
                 with _ready_copies_made_again(plan), root.staging(wish.run_id) as staging:
@@ -221,7 +227,7 @@ def _facts(plan: _Plan) -> dict[str, Any]:
         "system_identifier": first.system_identifier if first else None,
         "timeline": first.timeline if first else None,
         "in_recovery": first.in_recovery if first else None,
-        "service_stopped": "operator" if wish.service_stopped else "unknown",
+        "service_stopped": wish.service_stopped or "unknown",
     }
 
 
@@ -510,7 +516,7 @@ def _order(plan: _Plan, offer: Offer, creds: bytes, creds_updated_at: str | None
             system_identifier=offer.system_identifier,
             timeline=offer.timeline,
             me_sha256=None,
-            service_stopped="operator" if plan.is_fresh(offer) else "unknown",
+            service_stopped=wish.service_stopped if plan.is_fresh(offer) else "unknown",
             stale_keys_dropped=wish.drop_stale,
             opsctl=opsctl.__version__,
         ),

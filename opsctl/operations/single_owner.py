@@ -19,7 +19,7 @@ PROVEN, OPERATOR, ACCEPTED = "proven", "operator", "accepted"
 
 def require_stopped(
     settings: Settings,
-    open_connection: Callable[[], AbstractContextManager[Connection]],
+    open_connection: Callable[[], AbstractContextManager[Connection]] | None,
     *,
     operators_word: bool,
     accept_live: bool,
@@ -47,7 +47,7 @@ def require_stopped(
             kind="live-service",
             hint="stop it, then type this again",
         )
-    if not _nobody_writes(open_connection):
+    if not nobody_writes(open_connection):
         raise Refused(
             "the services are stopped, but somebody goes on changing the tables of sessions",
             kind="live-service",
@@ -56,7 +56,26 @@ def require_stopped(
     return PROVEN
 
 
-def _nobody_writes(open_connection: Callable[[], AbstractContextManager[Connection]]) -> bool:
+def how_stopped(
+    settings: Settings,
+    open_connection: Callable[[], AbstractContextManager[Connection]] | None,
+    *,
+    operators_word: bool,
+    accept_live: bool,
+) -> str:
+    """The same for what only makes a copy: without a service manager and a word it is empty, and the copy may be stale.
+
+    Raises `Refused` where there is a service manager, and the services are not proven stopped.
+    """
+    if settings["SERVICE_MANAGER"] == "none" or accept_live:
+        return OPERATOR if operators_word and not accept_live else ""
+    return require_stopped(settings, open_connection, operators_word=operators_word, accept_live=False)
+
+
+def nobody_writes(open_connection: Callable[[], AbstractContextManager[Connection]] | None) -> bool:
+    """Whether the tables of sessions stand still for three seconds, or the database does not answer."""
+    if open_connection is None:
+        return True
     try:
         with open_connection() as connection:
             return services.stands_still(connection)

@@ -64,9 +64,15 @@ def undo_restore(target: Path, owner: Owner, wish: UndoWish, *, this_run: str) -
         if there is None:
             raise _nothing(target)
     with locked_root(target, owner, run_id=this_run) as root:
-        root.recover()
-        run_id, planned = _plan(root, wish)
-        rows = [row if row.action == _REFUSED else _undone(root, run_id, row) for row in planned]
+        return undo_locked(root, wish)
+
+
+def undo_locked(root: SessionsRoot, wish: UndoWish) -> Report:
+    """`undo_restore` for whoever holds the lock."""
+    root.recover()
+    run_id, planned = _plan(root, wish)
+    rows = [row if row.action == _REFUSED else _undone(root, run_id, row) for row in planned]
+    target = root.path
     report = _report(f"restore {run_id} undone: {_counted(rows)}", run_id, rows)
     next_line = (
         f"opsctl sessions undo --to {shlex.quote(str(target))} --run {run_id}    # puts the restored folders back"
