@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
 
     from opsctl.report import Ending, Report
-    from opsctl.settings import Settings
+    from opsctl.settings import TimeOfDay
     from opsctl.state import State
 
 MARGIN_MIN = 5
@@ -41,7 +41,7 @@ class Measure:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One command as cron runs it. `schedule` is in crontab(5)'s five fields, in UTC."""
+    """One command as cron runs it. `schedule` is in crontab(5)'s five fields, in UTC; `at` fills in what is open."""
 
     command: str
     flags: str
@@ -58,6 +58,15 @@ class Job:
         """For files and monitors: `keys-cleanup`."""
         return self.command.replace(" ", "-")
 
+    @property
+    def is_movable(self) -> bool:
+        """Whether CLEANUP_AT says when it runs."""
+        return "{" in self.schedule
+
+    def at(self, time: TimeOfDay) -> str:
+        """Its schedule, if CLEANUP_AT is `time`."""
+        return self.schedule.format(hour=time.hour, minute=time.minute)
+
 
 JOBS = (
     Job("standby sync", "--quiet", "* * * * *", 10, 3, (Measure("companies", "companies", 2, 4),)),
@@ -71,7 +80,7 @@ JOBS = (
         (Measure("keys", "keys in the table", 2, 500), Measure("deleted", "deleted keys", 10, 100)),
         announced=True,
     ),
-    Job("drill run", "--quiet", "0 4 1 * *", 30, 1, (Measure("companies", "companies", 2, 4),)),
+    Job("drill run", "--quiet", "0 4 2 * *", 30, 1, (Measure("companies", "companies", 2, 4),)),
 )
 
 
@@ -80,12 +89,6 @@ def job_of(command: str, options: Mapping[str, Any]) -> Job | None:
     if any(options.get(name) for name in _PARTS):
         return None
     return next((job for job in JOBS if job.command == command), None)
-
-
-def schedule_of(job: Job, settings: Settings) -> str:
-    """When the job runs here, in crontab(5)'s five fields, in UTC."""
-    hour, minute = settings["CLEANUP_AT"]
-    return job.schedule.format(hour=hour, minute=minute)
 
 
 def unusual(job: Job, state: State, report: Report, elapsed_s: float) -> Iterator[str]:

@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 import opsctl
-from opsctl.jobs import MARGIN_MIN, schedule_of
+from opsctl.jobs import MARGIN_MIN
 from opsctl.report import Outcome
 from opsctl.scrub import scrubbed
 from opsctl.web import CLIENT, Endpoint
@@ -114,7 +114,7 @@ def check_in(job: Job, settings: Settings, check_in_id: str, *, status: str, dur
         "environment": scrubbed(settings.environment, settings.secrets()),
         "release": _RELEASE,
         "monitor_config": {
-            "schedule": {"type": "crontab", "value": schedule_of(job, settings)},
+            "schedule": {"type": "crontab", "value": job.at(settings["CLEANUP_AT"])},
             "timezone": "UTC",
             "checkin_margin": MARGIN_MIN,
             "max_runtime": job.longest_min,

@@ -287,6 +287,13 @@ def _run_all(manager: Manager, lines: list[list[str]], give_up_at: float, enviro
     return ""
 
 
+def pm2_processes(settings: Settings, *, timeout_s: float = LOOK_TIMEOUT_S) -> list[dict[str, Any]]:
+    """What PM2 knows of each process it has, with its environment; none where it cannot be asked."""
+    whose = account(settings)
+    listed, _ = Pm2((), (), whose, settings["PM2_HOME"] or whose.home / ".pm2").listed(timeout_s)
+    return [{"name": entry.get("name"), **_mapping(entry.get("pm2_env"))} for entry in listed]
+
+
 # --- PM2 --------------------------------------------------------------------------------------------------------------
 
 

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 import opsctl
-from opsctl.cli import cache, config, db, drill, frame, keys, runbook, sessions, standby, switch, triage
+from opsctl.cli import cache, config, cron, db, drill, frame, keys, runbook, sessions, standby, switch, triage
 
 EMERGENCY = """\
 PostgreSQL is down and WhatsApp with it? In this order:
@@ -37,6 +37,7 @@ app.add_typer(keys.app, name="keys")
 app.add_typer(drill.app, name="drill")
 app.add_typer(runbook.app, name="runbook")
 app.add_typer(config.app, name="config")
+app.add_typer(cron.app, name="cron")
 
 
 def _version(wanted: bool) -> None:

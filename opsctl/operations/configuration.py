@@ -306,7 +306,7 @@ def _cron(owner: Owner) -> Finding:
     seen = ", ".join(f"{user}: {'not readable' if n is None else n or 'none'}" for user, n in lines.items())
     if any(lines.values()):
         return Finding("cron", Outcome.OK, f"lines with opsctl: {seen}")
-    return Finding("cron", Outcome.WARNING, f"lines with opsctl: {seen}", "let cron run: opsctl config check --quiet")
+    return Finding("cron", Outcome.WARNING, f"lines with opsctl: {seen}", "opsctl cron show")
 
 
 def _opsctl_lines(user: str) -> int | None:

@@ -1,0 +1,385 @@
+"""The lines that cron needs, taken by the real crontab, systemd-analyze and PM2; and what is wrong with installed ones.
+
+systemd cannot run where these tests do: there a program of ours answers as systemctl(1) does.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from datetime import datetime, timedelta, timezone, tzinfo
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+import opsctl
+from opsctl.operations import cron as operation
+from tests import needs
+from tests.pm2.door import Pm2, pm2
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+JOBS = ("standby sync", "db health", "keys cleanup", "drill run")
+_MOUNTS = """
+mount --bind "$SPOOL" /var/spool/cron/crontabs
+mount --bind "$CRON_D" /etc/cron.d
+exec "$@"
+"""
+
+
+class Machine:
+    """A machine of its own as far as cron goes: opsctl and crontab run where nobody else's crontabs are."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.spool, self.cron_d, self.programs = folder / "spool", folder / "cron.d", folder / "programs"
+        for made in (self.spool, self.cron_d, self.programs):
+            made.mkdir()
+        self.env_file = folder / "settings.env"
+        self.set()
+        self.path = f"{self.programs}:{os.environ['PATH']}"
+
+    def set(self, *settings: str) -> None:
+        self.env_file.write_text("\n".join([f"OPSCTL_STATE_DIR={self.folder / 'state'}", *settings]))
+
+    def run(self, *words: str, stdin: str = "", **env: str) -> subprocess.CompletedProcess[str]:
+        environment = {
+            "PATH": self.path,
+            "PYTHONPATH": str(Path(opsctl.__file__).parents[1]),
+            "HOME": str(self.folder),
+            "SPOOL": str(self.spool),
+            "CRON_D": str(self.cron_d),
+            **env,
+        }
+        inside = ["unshare", "-m", "sh", "-euc", _MOUNTS, "sh", *words]
+        return subprocess.run(
+            inside, env=environment, input=stdin, capture_output=True, text=True, check=False, timeout=60
+        )
+
+    def opsctl(self, *words: str, **env: str) -> subprocess.CompletedProcess[str]:
+        return self.run(sys.executable, "-m", "opsctl", *words, "--env-file", str(self.env_file), **env)
+
+    def show(self, *words: str) -> str:
+        done = self.opsctl("cron", "show", *words)
+        assert (done.returncode, done.stderr) == (0, "")
+        return done.stdout
+
+    def install(self, text: str) -> None:
+        done = self.run("crontab", "-", stdin=text)
+        assert (done.returncode, done.stderr) == (0, ""), text
+
+    def check(self) -> dict[str, tuple[str, str, str | None]]:
+        done = self.opsctl("cron", "show", "--check", "--json")
+        rows = json.loads(done.stdout)["rows"]
+        assert done.returncode == (0 if all(row["state"] == "ok" for row in rows) else 1), done
+        return {row["job"]: (row["state"], row["seen"], row["action"]) for row in rows}
+
+
+@pytest.fixture
+def machine(tmp_path: Path) -> Machine:
+    return Machine(tmp_path)
+
+
+@pytest.fixture
+def daemon(machine: Machine) -> Iterator[None]:
+    """A process that is called as cron's daemon is, and runs nothing."""
+    program = Path(shutil.copy(shutil.which("sleep") or "", machine.programs / "cron"))
+    with subprocess.Popen([program, "60"]) as process:
+        yield
+        process.kill()
+    program.unlink()
+
+
+in_a_mount_namespace = needs.namespace("mount")
+with_crontab = needs.debian("cron")
+
+
+# --- crontab ----------------------------------------------------------------------------------------------------------
+
+
+@in_a_mount_namespace
+@with_crontab
+def test_the_lines_are_taken_by_crontab_and_then_nothing_is_missing(machine: Machine, daemon: None) -> None:
+    assert {job: row[0] for job, row in machine.check().items()} == dict.fromkeys(JOBS, "missing")
+    machine.install("MAILTO=ops\n17 * * * * somebody else's\n" + machine.show())
+    assert {job: row[0] for job, row in machine.check().items()} == dict.fromkeys([*JOBS, "cron itself"], "ok")
+    quiet = machine.opsctl("cron", "show", "--check", "--quiet")
+    assert (quiet.returncode, quiet.stdout, quiet.stderr) == (0, "", "")
+
+
+@in_a_mount_namespace
+@with_crontab
+@pytest.mark.parametrize(
+    ("old", "new", "job", "state", "seen"),
+    [
+        (r"(?m)^.*db health --quiet\n", "", "db health", "missing", "nothing runs it"),
+        (r"(?m)^(?=.*standby sync --quiet)", "#", "standby sync", "disabled", "commented out"),
+        (r"(?m)^(.*drill run --quiet\n)", r"\1\1", "drill run", "twice", "line"),
+        (r"(?m)^0 3 ", "10 4 ", "keys cleanup", "off time", "its monitor expects 0 3 * * * UTC"),
+        (r"(?m)^\* \* \* \* \* ", "*/2 * * * * ", "standby sync", "off time", "its monitor expects * * * * * UTC"),
+        (r"(?m)^\*/5 \* \* \* \* (.*db health)", r"@hourly \1", "db health", "off time", "its monitor expects"),
+        (r"(?m)^\*/5 \* \* \* \* (.*db health)", r"@reboot \1", "db health", "unclear", "@reboot"),
+        ("--yes ", "", "keys cleanup", "asks", "without --yes"),
+        (r"keys cleanup --yes", "keys cleanup --yes --dry-run", "keys cleanup", "missing", "nothing runs it"),
+        (r"\S+/opsctl drill", "opsctl drill", "drill run", "not found", "no opsctl on its PATH (/nowhere)"),
+        (r"\S+/opsctl drill", "/nowhere/opsctl drill", "drill run", "not found", "no opsctl on its PATH"),
+        (r"\Z", "0 3 * * 1 pg_dump wa >/srv/wa.sql\n", "keys cleanup", "collides", "a backup runs in that minute"),
+        (r"\Z", "*/15 * * * * /srv/bin/Backup.sh\n", "keys cleanup", "collides", "a backup runs in that minute"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_with_the_crontab_is_found(
+    old: str, new: str, job: str, state: str, seen: str, machine: Machine, daemon: None
+) -> None:
+    text = re.sub(r'PATH=".*"', 'PATH="/nowhere"', machine.show())
+    # As a real installation is called, wherever the tests run from.
+    program = machine.programs / "opsctl"
+    program.touch(0o755)
+    text = re.sub(r"\S+ -m opsctl|\S+/opsctl(?= \w+ \w+)", str(program), text)
+    changed, count = re.subn(old, new, text)
+    assert count
+    machine.install(changed)
+    found = machine.check()
+    assert found[job][0] == state
+    assert seen in found[job][1]
+    assert found[job][2]
+    assert {row[0] for name, row in found.items() if name != job} == {"ok"}
+
+
+@in_a_mount_namespace
+@with_crontab
+def test_a_line_of_cron_d_counts_and_a_second_one_elsewhere_is_named(machine: Machine, daemon: None) -> None:
+    text = machine.show()
+    machine.install(text)
+    [line] = re.findall(r"(?m)^(0 3 \* \* \* )(.*)$", text)
+    (machine.cron_d / "opsctl").write_text(f"{line[0]}root {line[1]}\n")
+    (machine.cron_d / "old.dpkg-dist").write_text(f"{line[0]}root {line[1]}\n")  # which cron does not read
+    state, seen, _ = machine.check()["keys cleanup"]
+    assert (state, seen.count(" and ")) == ("twice", 1)
+    assert "/etc/cron.d/opsctl, line 1" in seen
+    machine.install(text.replace(line[1], "true"))
+    assert machine.check()["keys cleanup"][0] == "ok"
+
+
+@in_a_mount_namespace
+@with_crontab
+def test_a_crontab_without_a_daemon_is_no_schedule(machine: Machine) -> None:
+    machine.install(machine.show())
+    # In a namespace of processes, where no cron of this machine is seen.
+    apart = ("unshare", "-p", "-f", "--mount-proc", sys.executable, "-m", "opsctl", "cron", "show", "--check", "--json")
+    done = machine.run(*apart, "--env-file", str(machine.env_file))
+    assert done.returncode == 1
+    assert json.loads(done.stdout)["rows"][-1]["state"] == "stopped"
+
+
+@in_a_mount_namespace
+@with_crontab
+def test_the_cleanup_is_put_where_no_backup_runs_and_is_expected_there(machine: Machine, daemon: None) -> None:
+    machine.install(
+        "0,30 3 * * * pg_dump wa | gzip >/srv/wa.sql.gz\n0 4 1 1 * /srv/bin/yearly-backup\n#30 4 * * * pg_dump\n"
+    )
+    text = machine.show()
+    assert re.search(r"(?m)^# A backup runs at the cleanup's minute \(crontab of \w+, line 1\), .* at 04:30\.$", text)
+    assert re.search(r"(?m)^30 4 \* \* \* .*keys cleanup", text)
+    assert 'CLEANUP_AT="04:30"' in text
+    for form in ("systemd", "pm2"):
+        assert re.search(r"CLEANUP_AT.{1,4}04:30", machine.show("--as", form))
+    machine.install("0,30 3 * * * pg_dump wa\n" + text)
+    assert machine.check()["keys cleanup"][0] == "ok"
+
+
+@in_a_mount_namespace
+@with_crontab
+def test_the_time_of_the_settings_is_the_one_that_is_expected(machine: Machine, daemon: None) -> None:
+    machine.set("CLEANUP_AT=05:17")
+    text = machine.show()
+    assert re.search(r"(?m)^17 5 \* \* \* .*keys cleanup", text)
+    assert f'OPSCTL_ENV_FILE="{machine.env_file}"' in text
+    machine.install(text)
+    assert machine.check()["keys cleanup"][0] == "ok"
+    machine.set("CLEANUP_AT=05:18")
+    assert machine.check()["keys cleanup"][2] == "set CLEANUP_AT=05:17, or move it"
+
+
+@in_a_mount_namespace
+@with_crontab
+def test_what_cron_would_not_know_is_said(machine: Machine) -> None:
+    done = machine.opsctl("cron", "show", STANDBY_DIR="/srv/standby", POSTGRES_PASSWORD="hunter2-s3cr3t")
+    assert "# Cron does not know what is set in this shell only: POSTGRES_PASSWORD, STANDBY_DIR.\n" in done.stdout
+    assert "hunter2" not in done.stdout
+    machine.install(done.stdout)
+
+
+@in_a_mount_namespace
+@with_crontab
+def test_a_line_runs_as_cron_runs_it_alone_unreadable_for_others_and_with_an_end(machine: Machine) -> None:
+    text = machine.show()
+    state = machine.folder / "state"
+    [line] = re.findall(r"(?m)^\*/5 \* \* \* \* (.*)$", text)
+    assert "timeout -k 30 120 " in line
+    environment = dict(re.findall(r'(?m)^(\w+)="(.*)"$', text))
+    words = ["env", "-i", *(f"{name}={value}" for name, value in environment.items()), f"HOME={machine.folder}"]
+    # From a checkout the program is the interpreter, which has to find opsctl.
+    words += [f"PYTHONPATH={Path(opsctl.__file__).parents[1]}", "/bin/sh", "-c", line]
+    done = machine.run(*words)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (3, "", 1), done  # there is no database
+    assert state.stat().st_mode & 0o777 == 0o700
+    lock = state / "cron-db-health.lock"
+    assert lock.stat().st_mode & 0o777 == 0o600
+    held = machine.run("flock", str(lock), *words)
+    assert (held.returncode, held.stdout, held.stderr) == (75, "", "")
+
+
+class _Summer(tzinfo):
+    """An hour ahead of UTC, and two from April to September."""
+
+    def utcoffset(self, moment: datetime | None) -> timedelta:
+        return timedelta(hours=2 if moment and 4 <= moment.month < 10 else 1)
+
+    def dst(self, moment: datetime | None) -> timedelta:
+        return self.utcoffset(moment) - timedelta(hours=1)
+
+    def tzname(self, moment: datetime | None) -> str:
+        return "SUMMER"
+
+
+@pytest.mark.parametrize(
+    ("hours", "cleanup", "drill"),
+    [(0, "0 3 * * *", "0 4 2 * *"), (5.5, "30 8 * * *", "30 9 2 * *"), (-8, "0 19 * * *", "0 20 1 * *"),
+     (14, "0 17 * * *", "0 18 2 * *")],
+)  # fmt: skip
+def test_a_crontab_goes_by_the_machine_s_clock(hours: float, cleanup: str, drill: str) -> None:
+    zone = timezone(timedelta(hours=hours))
+    assert operation._by_the_clock_here("0 3 * * *", zone)[0] == cleanup
+    assert operation._by_the_clock_here("0 4 2 * *", zone)[0] == drill
+    assert operation._by_the_clock_here("*/5 * * * *", zone) == ("*/5 * * * *", "")
+
+
+def test_a_clock_that_is_put_forward_is_warned_of() -> None:
+    when, note = operation._by_the_clock_here("0 3 * * *", _Summer())
+    assert when in {"0 4 * * *", "0 5 * * *"}
+    assert "when it is put forward or back, change this line" in note
+
+
+# --- systemd ----------------------------------------------------------------------------------------------------------
+
+
+@in_a_mount_namespace
+@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason=needs.NOT_PROVEN + "what needs systemd-analyze")
+def test_systemd_finds_no_fault_in_the_units(machine: Machine) -> None:
+    units = machine.folder / "units"
+    units.mkdir()
+    machine.set("STANDBY_DIR='/srv/100% \"warm\" $copies'")
+    script = machine.show("--as", "systemd")
+    assert script.splitlines()[-2].startswith("systemctl enable --now opsctl-standby-sync.timer")
+    here = re.sub(r"(?m)^systemctl .*", "", script).replace("/etc/systemd/system", str(units))
+    subprocess.run(["sh"], input=here, text=True, check=True)
+    files = sorted(units.iterdir())
+    assert len(files) == 2 * len(JOBS)
+    done = subprocess.run(["systemd-analyze", "verify", *files], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert "OnCalendar=*-*-* 03:00:00 UTC" in (units / "opsctl-keys-cleanup.timer").read_text()
+    for word in ("UMask=0077", "TimeoutStartSec=7200", "SuccessExitStatus=75", f"OPSCTL_ENV_FILE={machine.env_file}"):
+        assert word in (units / "opsctl-keys-cleanup.service").read_text()
+
+
+SYSTEMCTL = """\
+#!/bin/sh
+case "$*" in
+*Id,Unit,*) cat "$0.timers" ;;
+*Id,ExecStart*) cat "$0.services" ;;
+esac
+"""
+
+
+def timer(name: str, calendar: str, *, active: str = "active", unit: str = "") -> str:
+    said = f"{{ OnCalendar={calendar} ; next_elapse=(null) }}"
+    unit = unit or f"{name}.service"
+    return f"Unit={unit}\nTimersCalendar={said}\nId={name}.timer\nLoadState=loaded\nActiveState={active}\n"
+
+
+def service(name: str, command: str, environment: str = "") -> str:
+    path = command.split(maxsplit=1)[0]
+    start = f"{{ path={path} ; argv[]={command} ; ignore_errors=no ; start_time=[n/a] ; pid=0 ; status=0/0 }}"
+    return f"ExecStart={start}\nEnvironment={environment}\nId={name}.service\n"
+
+
+@in_a_mount_namespace
+def test_timers_are_read_those_that_are_off_and_a_backup_s_too(machine: Machine) -> None:
+    program = machine.programs / "systemctl"
+    program.write_text(SYSTEMCTL)
+    program.chmod(0o755)
+    calendars = ("*-*-* *:*:00 UTC", "*-*-* *:00/5:00 UTC", "*-*-* 03:00:00 UTC", "*-*-02 04:00:00 UTC")
+    when = dict(zip(JOBS, calendars, strict=True))
+    names = {job: f"opsctl-{job.replace(' ', '-')}" for job in JOBS}
+    services = [service(names[job], f"/usr/bin/opsctl {job} --yes --quiet") for job in JOBS]
+    services.append(service("dump", "/usr/bin/pg_dump wa"))
+
+    def answer(*timers: str) -> dict[str, str]:
+        program.with_name("systemctl.timers").write_text("\n".join(timers))
+        program.with_name("systemctl.services").write_text("\n".join(services))
+        return {job: row[0] for job, row in machine.check().items()}
+
+    well = [timer(names[job], when[job]) for job in JOBS]
+    assert answer(*well) == dict.fromkeys(JOBS, "ok")
+    off = timer(names["drill run"], when["drill run"], active="inactive")
+    assert answer(*well[:3], off)["drill run"] == "disabled"
+    assert answer(*well[:3])["drill run"] == "missing"
+    assert answer(*well, timer("dump", "*-*-* 03:00:00 UTC"))["keys cleanup"] == "collides"
+    assert answer(*well, timer("dump", "*-*-* 03:30:00 UTC"))["keys cleanup"] == "ok"
+    late = timer(names["keys cleanup"], "*-*-* 03:30:00 UTC")
+    assert answer(*well[:2], late, well[3])["keys cleanup"] == "off time"
+    services[2] = service(names["keys cleanup"], "/usr/bin/opsctl keys cleanup --yes", "PATH=/bin CLEANUP_AT=03:30")
+    assert answer(*well[:2], late, well[3])["keys cleanup"] == "ok"
+    odd = timer(names["db health"], "Mon,Tue *-*-* 00:00:00")
+    assert answer(well[0], odd, *well[2:])["db health"] == "unclear"
+
+
+# --- PM2 --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def pm2_daemon() -> Iterator[Pm2]:
+    with pm2() as running:
+        yield running
+
+
+@in_a_mount_namespace
+def test_pm2_takes_the_file_and_its_list_is_read(machine: Machine, pm2_daemon: Pm2) -> None:
+    machine.set("SERVICE_MANAGER=pm2", "SERVICE_NAMES=app", f"PM2_HOME={pm2_daemon.home}")
+    machine.path = pm2_daemon.path
+    program = machine.programs / "opsctl"
+    program.write_text("#!/bin/sh\n")  # PM2 runs each at once: not on the machine that tests it
+    program.chmod(0o755)
+    text = re.sub(r"[^\s\"]+ -m opsctl|[^\s\"]+/opsctl(?= \w+ \w+)", str(program), machine.show("--as", "pm2"))
+    file = machine.folder / "opsctl.config.js"
+    file.write_text(text)
+    pm2_daemon("start", file)
+    assert {job: row[0] for job, row in machine.check().items()} == dict.fromkeys(JOBS, "ok")
+    pm2_daemon("delete", "opsctl-drill-run")
+    pm2_daemon(
+        "start", "/bin/true", "--name", "dump", "--no-autorestart", "--cron-restart", "0 3 * * *", "--", "pg_dump"
+    )
+    states = {job: row[0] for job, row in machine.check().items()}
+    assert (states["drill run"], states["keys cleanup"]) == ("missing", "collides")
+
+
+def test_every_form_has_every_job_with_path_umask_lock_and_limit(machine: Machine) -> None:
+    def told(*words: str) -> dict[str, Any]:
+        env = {"PATH": os.environ["PATH"], "PYTHONPATH": str(Path(opsctl.__file__).parents[1]), "HOME": "/root"}
+        line = [sys.executable, "-m", "opsctl", "cron", "show", *words, "--json"]
+        done = subprocess.run(line, env=env, cwd=machine.folder, capture_output=True, text=True, check=True)
+        document: dict[str, Any] = json.loads(done.stdout)
+        return document
+
+    for form in ("crontab", "systemd", "pm2"):
+        rows = told("--as", form)["rows"]
+        assert [row["job"] for row in rows] == list(JOBS)
+        assert all(shlex.split(row["command"])[-1] == "--quiet" for row in rows)
+    assert told()["facts"]["form"] == "crontab"
