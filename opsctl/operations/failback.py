@@ -21,12 +21,12 @@ import orjson
 from opsctl.baileys import buffers, credentials
 from opsctl.baileys.filenames import UnwritableName, folder_name, is_company_id
 from opsctl.errors import DatabaseUnavailable, Locked, OpsctlError, Refused, SourceUnavailable
-from opsctl.operations.sides import CompanyPlan, Sides, added, as_text, identity
+from opsctl.operations.sides import CompanyPlan, Sides, as_text, identity
 from opsctl.operations.three_way import WRITTEN, Action, Prefer
 from opsctl.report import Column, Failure, Report
 from opsctl.stores import keys
 from opsctl.stores.folder import OPSCTL_FOLDER, opened, origin_of, read_file
-from opsctl.stores.postgres import parse_row
+from opsctl.stores.postgres import parse_rows
 from opsctl.stores.publishing import Owner, locked_root, readable_root
 from opsctl.stores.records import ManifestDamaged, Returned
 from opsctl.stores.returned import mark_returned
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from opsctl.db import Connection
     from opsctl.journal import Journal
     from opsctl.stores.archive import Archive
-    from opsctl.stores.postgres import Creds, Server, Snapshot
+    from opsctl.stores.postgres import Creds, Fingerprint, Server, Snapshot
     from opsctl.stores.publishing import SessionsRoot
     from opsctl.stores.records import Origin
     from opsctl.stores.rewriting import Rewriting
@@ -153,7 +153,7 @@ class _FleetPlan:
     wish: FailbackWish
     server: Server
     companies: list[CompanyPlan] = field(default_factory=list)
-    fingerprints: dict[str, str] = field(default_factory=dict)
+    fingerprints: dict[str, Fingerprint] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     facts: dict[str, Any] = field(default_factory=dict)
 
@@ -488,9 +488,9 @@ def _fingerprint(examined: Credentials) -> str | None:
     return credentials.me_fingerprint(examined.me_id) if examined.me_id else None
 
 
-def require_unwritten(rows: Rewriting, fingerprint: str) -> None:
+def require_unwritten(rows: Rewriting, fingerprint: Fingerprint) -> None:
     """Raises `Refused` where a row of the company was written since its change was planned."""
-    if rows.fingerprint() != fingerprint:
+    if rows.fingerprint != fingerprint:
         raise Refused("its rows were written while it was planned; is the service stopped?")
 
 
@@ -500,7 +500,7 @@ def _write(rows: Rewriting, plan: CompanyPlan, folder_fd: int) -> None:
     rows.put(_new_rows(plan, folder_fd, expected))
     if plan.creds is not None:
         rows.put_creds(stored(plan.creds, plan.form), plan.creds_updated_at)
-    check_rows(rows, expected, plan.sum_of_rows, plan.creds)
+    check_rows(rows, expected, plan.creds)
 
 
 def _new_rows(plan: CompanyPlan, folder_fd: int, expected: dict[tuple[str, str], bytes]) -> Iterator[NewRow]:
@@ -522,27 +522,21 @@ def stored(normalised: bytes, form: StoredForm) -> str:
     return orjson.dumps(buffers.to_form(buffers.revive(orjson.loads(normalised)), form)).decode()
 
 
-def check_rows(
-    rows: Rewriting, expected: dict[tuple[str, str], bytes], sum_of_others: int, creds: bytes | None
-) -> None:
-    """Read every row of the company again: those that were written as they should be, the others as they were.
+def check_rows(rows: Rewriting, expected: dict[tuple[str, str], bytes], creds: bytes | None) -> None:
+    """Read the written rows back, and make sure that every other one is the row that it was.
 
     `expected` are the identities of the written ones; `creds` the credentials, if they were. Raises `NotVerified`.
     """
-    total, found, wrong = 0, 0, ""
-    for lines in rows.key_rows():  # to the end: a COPY that is left in the middle leaves no connection behind
-        for line in lines.splitlines(keepends=True):
-            record = parse_row(line[:-1]) if expected else None
-            wanted = expected.get((record.key_type, record.key_id)) if record else None
-            if record is None or wanted is None:
-                total = added(total, line)
-            elif identity(buffers.normalise(record.value).data) == wanted:
+    found, wrong = 0, ""
+    for lines in rows.written_key_rows():  # to the end: a COPY that is left in the middle leaves no connection behind
+        for record in parse_rows(lines):
+            if identity(buffers.normalise(record.value).data) == expected.get((record.key_type, record.key_id)):
                 found += 1
             else:
                 wrong = f"{record.key_type} {record.key_id[:60]!a} does not read back as it was written"
     if wrong:
         raise NotVerified(wrong)
-    if total != sum_of_others or found != len(expected):
+    if found != len(expected) or not rows.others_stay():
         raise NotVerified("its rows do not read back as they were written")
     if creds is None:
         return

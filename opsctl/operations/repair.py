@@ -20,12 +20,12 @@ from opsctl.baileys.buffers import StoredForm
 from opsctl.baileys.filenames import CREDS_FILE, folder_name, is_ignored, parse_key_file_name
 from opsctl.errors import Locked, Refused, SourceUnavailable
 from opsctl.operations.failback import NotVerified, check_rows, require_unwritten, stored
-from opsctl.operations.sides import FORMS, added, identity
+from opsctl.operations.sides import FORMS, identity
 from opsctl.report import Column, Failure, Report
 from opsctl.stores import keys
 from opsctl.stores.archive import archived_lines, archived_runs
 from opsctl.stores.folder import entries_of, opened, origin_of, read_file
-from opsctl.stores.postgres import parse_row
+from opsctl.stores.postgres import parse_rows
 from opsctl.stores.records import CREDS_TYPE
 from opsctl.stores.rewriting import Archiving, NewRow, rewriting
 
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
     from opsctl.db import Connection
     from opsctl.journal import Journal
-    from opsctl.stores.postgres import Snapshot
+    from opsctl.stores.postgres import Fingerprint, Snapshot
     from opsctl.stores.standby import Standby
 
     OpenSnapshot = Callable[[], AbstractContextManager[Snapshot]]
@@ -109,14 +109,13 @@ _COLUMNS = (
 @dataclass(slots=True)
 class _CompanyPlan:
     company: str
+    fingerprint: Fingerprint
     refused: str | None = None
-    fingerprint: str = ""
     rows: dict[tuple[str, str], _Kept] = field(default_factory=dict)
     missing: int = 0
     damaged: int = 0
     healthy: int = 0
     stale: int = 0
-    sum_of_rows: int = 0
     creds: bytes | None = None
     creds_updated_at: str | None = None
     form: StoredForm = StoredForm.JSON_STRINGIFY
@@ -178,7 +177,7 @@ class Repair:
                                 company_rows.put(_new_rows(plan))
                                 if plan.creds is not None:
                                     company_rows.put_creds(stored(plan.creds, plan.form), plan.creds_updated_at)
-                                check_rows(company_rows, expected, plan.sum_of_rows, plan.creds)
+                                check_rows(company_rows, expected, plan.creds)
                         except NotVerified as error:
                             rows.append(plan.row("not verified", error.message))
                         except (Refused, Locked, SourceUnavailable) as error:
@@ -264,8 +263,7 @@ def _compare(
     }
     stale = {key for key in wanted if _is_stale(key, me)}
     for lines in snapshot.key_rows(plan.company):
-        for line in lines.splitlines(keepends=True):
-            record = parse_row(line[:-1])
+        for record in parse_rows(lines):
             key = (record.key_type, record.key_id)
             data, form, problem = buffers.normalise(record.value)
             forms[form] += 1
@@ -274,9 +272,7 @@ def _compare(
             kept = wanted.pop(key, None)
             healthy = problem is None and key_types.shape_problem(record.key_type, data) is None
             plan.healthy += healthy
-            if healthy or kept is None or wish.missing_only or key in stale:
-                plan.sum_of_rows = added(plan.sum_of_rows, line)
-            else:
+            if not (healthy or kept is None or wish.missing_only or key in stale):
                 plan.damaged += 1
                 plan.rows[key] = kept
     for key, kept in wanted.items():

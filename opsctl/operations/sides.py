@@ -10,7 +10,7 @@ import os
 from collections import Counter
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from hashlib import blake2b, sha256
+from hashlib import sha256
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 import orjson
@@ -29,7 +29,7 @@ from opsctl.operations import three_way
 from opsctl.operations.three_way import Action, Base, Circumstances, InDatabase, InFolder, Prefer, Verdict
 from opsctl.stores.folder import entries_of, folder_digest, read_file, unreadable
 from opsctl.stores.postgres import parse_row
-from opsctl.stores.records import CREDS_TYPE
+from opsctl.stores.records import CREDS_TYPE, row_digest
 
 if TYPE_CHECKING:
     from opsctl.stores.postgres import Creds
@@ -39,7 +39,6 @@ DATABASE = "database"
 """The `source` of a copy that was made from the tables themselves."""
 UNKNOWN = "unknown"
 _LISTED = 1_000
-_SUM = (1 << 128) - 1
 FORMS = (StoredForm.JSON_STRINGIFY, StoredForm.BASE64, StoredForm.UINT8ARRAY)
 """What bytes can be written in; the first where nothing tells."""
 _TOLD = frozenset({Action.DAMAGED, Action.CONFLICT, Action.KEPT})
@@ -82,8 +81,6 @@ class CompanyPlan:
     """The credentials to write, normalised; None where the row stays."""
     creds_updated_at: str | None = None
     form: StoredForm = StoredForm.JSON_STRINGIFY
-    sum_of_rows: int = 0
-    """Of the key rows that stay: the sum of their digests, in any order."""
     folder_digest: str = ""
 
     def tell(self, change: Change) -> None:
@@ -99,11 +96,6 @@ class CompanyPlan:
     def writes(self) -> bool:
         """Whether there is anything to write or delete, and nothing forbids it."""
         return self.refused is None and (bool(self.changes) or self.creds is not None)
-
-
-def added(total: int, line: bytes) -> int:
-    """A sum of rows, each as COPY prints it with its times, with one more; their order does not matter."""
-    return total + int.from_bytes(blake2b(line, digest_size=16).digest()) & _SUM
 
 
 def identity(normalised: bytes) -> bytes:
@@ -136,7 +128,6 @@ class _Difference(NamedTuple):
     base: Base | None
     file: _File | None
     row: InDatabase | None
-    row_line: int = 0
 
 
 class Sides:
@@ -150,11 +141,12 @@ class Sides:
         self._origin = origin
         self._entries: dict[str, FileEntry] = dict(entries_of(folder_fd)) if origin else {}
         self._types = {entry.key_type for entry in self._entries.values()}
+        self._published_rows = {bytes.fromhex(e.row): name for name, e in self._entries.items() if e.row}
         self._files: dict[str, _File] = {}
         self._differences: list[_Difference] = []
         self._claims: dict[str, list[_Difference]] = {}
-        self._unchanged = self._only_there = self._sum = 0
-        self._forms: Counter[StoredForm] = Counter()
+        self._unchanged = self._only_there = 0
+        self._forms: Counter[str] = Counter()
         self._highest_pre_key_id: int | None = None
         self._strangers: list[str] = []
         self.creds: bytes | None = None
@@ -201,11 +193,24 @@ class Sides:
 
     def take(self, lines: bytes) -> None:
         """Rows in COPY's text format, with their line breaks."""
-        for line in lines.splitlines(keepends=True):
-            self._take(line)
+        for line in lines.splitlines():
+            name = self._published_rows.get(row_digest(line))
+            if name is not None and self._files.get(name) is _UNTOUCHED:
+                self._took_published(name)
+            else:
+                self._take(line)
+
+    def _took_published(self, name: str) -> None:
+        """A row and a file that are both to the byte as they were published, which nearly all are."""
+        entry = self._entries[name]
+        self._forms[entry.form] += 1
+        if entry.key_type == "pre-key":
+            self._saw_pre_key(entry.key_id)
+        del self._files[name]
+        self._unchanged += 1
 
     def _take(self, line: bytes) -> None:
-        key_type, key_id, value, updated_at, _ = parse_row(line[:-1])
+        key_type, key_id, value, updated_at, _, _ = parse_row(line)
         data, form, _ = buffers.normalise(value)
         self._forms[form] += 1
         if key_type == "pre-key":
@@ -213,26 +218,25 @@ class Sides:
         try:
             name = key_file_name(key_type, key_id)
         except UnwritableName:
-            self._stays(added(0, line))
+            self._only_there += 1
             return
         entry = self._entries.get(name)
         if entry is None:
             self._types.add(key_type)
             if name in self._files:
                 row = InDatabase(identity(data), updated_at)
-                claim = _Difference(key_type, key_id, name, None, self._files[name], row, added(0, line))
+                claim = _Difference(key_type, key_id, name, None, self._files[name], row)
                 self._claims.setdefault(name, []).append(claim)
             else:
-                self._stays(added(0, line))
+                self._only_there += 1
             return
         if entry.key_id != key_id or entry.key_type != key_type:  # of two that wanted this file it was the older
-            self._stays(added(0, line))
+            self._only_there += 1
             return
         file = self._files.pop(name, None)
         as_published = sha256(data).hexdigest() == entry.sha256
         if as_published and file is _UNTOUCHED:
             self._unchanged += 1
-            self._sum = added(self._sum, line)
             return
         base = _base(entry)
         row_identity = identity(data)
@@ -243,17 +247,13 @@ class Sides:
         elif as_published and (file is None or file.identity != row_identity):
             row_identity = base.identity
         row = InDatabase(row_identity, updated_at)
-        self._differences.append(_Difference(key_type, key_id, name, base, file, row, added(0, line)))
+        self._differences.append(_Difference(key_type, key_id, name, base, file, row))
 
     def _holds(self, name: str, row_identity: bytes) -> bool:
         try:
             return _value(read_file(self._fd, name)) == row_identity
         except OSError:  # it was there a moment ago; writing it would tell
             return False
-
-    def _stays(self, digest: int) -> None:
-        self._only_there += 1
-        self._sum = self._sum + digest & _SUM
 
     def _saw_pre_key(self, key_id: str) -> None:
         number = credentials.pre_key_number(key_id)
@@ -302,7 +302,6 @@ class Sides:
         self._decide_creds(plan, creds_row, around)
         plan.counts[Action.UNCHANGED] += self._unchanged
         plan.counts[Action.KEPT] += self._only_there
-        plan.sum_of_rows = self._sum
         plan.folder_digest = self.digest
         plan.form = form or self._usual_form()
         if self._strangers:
@@ -329,7 +328,7 @@ class Sides:
                 self._differences.append(_Difference(key_type, key_id, name, None, _File(file.sha256, None), None))
             for claim in claims:
                 if len(chosen) > 1 or claim is not chosen[0]:
-                    self._stays(claim.row_line)
+                    self._only_there += 1
 
     def _add_files_without_rows(self) -> None:
         for name, file in self._files.items():
@@ -368,8 +367,6 @@ class Sides:
         return three_way.too_many_deleted(deleted, published)
 
     def _settle(self, plan: CompanyPlan, difference: _Difference, verdict: Verdict) -> None:
-        if difference.row is not None and verdict.action not in three_way.CHANGING:
-            self._sum = self._sum + difference.row_line & _SUM
         file = difference.file
         updated_at, expires_at, digest = None, None, None
         if file is not None and file.identity is not None and verdict.action in three_way.WRITTEN:

@@ -614,7 +614,7 @@ class _Reader:
 
     def add(self, record: Record) -> None:
         """Raises `_Unlike` where an unchanged record is not as the copy has it."""
-        key_type, key_id, value, updated_at, expires_at = record
+        key_type, key_id, value, updated_at, expires_at, _ = record
         try:
             name = key_file_name(key_type, key_id)
         except UnwritableName:

@@ -5,4 +5,9 @@ WHERE
     keys.company_id = %(company_id)s
     AND keys.key_type = taken.key_type
     AND keys.key_id = taken.key_id
-RETURNING keys.key_type, keys.key_id, keys.created_at::text AS created_at, row_to_json(keys)::text AS line
+RETURNING
+    keys.key_type,
+    keys.key_id,
+    keys.created_at::text AS created_at,
+    row_to_json(keys)::text AS line,
+    hashtextextended(keys.key_type || '-' || keys.key_id, keys.xmin::text::bigint)::text AS mark

@@ -17,7 +17,7 @@ import psycopg
 from opsctl import db
 from opsctl.errors import DatabaseUnavailable
 from opsctl.queries import query
-from opsctl.stores.records import Record
+from opsctl.stores.records import Record, row_digest
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -130,9 +130,12 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class Fingerprint:
-    """By what one sees whether any row of a company was written."""
+    """By what one sees whether any row of a company was written: the transactions that wrote them."""
 
-    fingerprint: str
+    creds_mark: str | None
+    key_count: int
+    key_marks: str
+    """The sum of a number per key, in decimal digits."""
 
 
 class Snapshot:
@@ -234,7 +237,7 @@ class Snapshot:
             found = db.rows(self._connection, query("list_creds"), CompanyCreds)
         return {row.company_id: row.creds.encode() for row in found}
 
-    def fingerprint(self, company_id: str) -> str:
+    def fingerprint(self, company_id: str) -> Fingerprint:
         """By what a later look sees whether any row of the company was written."""
         with _translating():
             return fingerprint_of(self._connection, company_id)
@@ -253,10 +256,10 @@ class Snapshot:
             yield from db.copied(self._connection, query("copy_changed_keys"), company_id=company_id, since=since)
 
 
-def fingerprint_of(connection: db.Connection, company_id: str) -> str:
+def fingerprint_of(connection: db.Connection, company_id: str) -> Fingerprint:
     """As `Snapshot.fingerprint`, in another transaction."""
     (found,) = db.rows(connection, query("fingerprint_company"), Fingerprint, company_id=company_id)
-    return found.fingerprint
+    return found
 
 
 @contextmanager
@@ -294,9 +297,10 @@ def parse_rows(lines: bytes) -> Iterator[Record]:
 def parse_row(line: bytes) -> Record:
     r"""One line of COPY's text format (PostgreSQL manual, COPY, "Text Format") as a record.
 
-    >>> parse_row(b'pre-key\t5\t{"a": "\\\\n"}\t2026-01-31 03:04:05+00\t\\N')
-    Record(key_type='pre-key', key_id='5', value=b'{"a": "\\n"}', updated_at='2026-01-31 03:04:05+00', expires_at=None)
+    >>> parse_row(b'pre-key\t5\t{"a": "\\\\n"}\t2026-01-31 03:04:05+00\t\\N')[:5]
+    ('pre-key', '5', b'{"a": "\\n"}', '2026-01-31 03:04:05+00', None)
     """
+    row = row_digest(line)
     key_type, key_id, value, updated_at, expires_at = line.split(b"\t")
     if b"\\" in line:
         if b"\\" in key_id or b"\\" in key_type:
@@ -309,8 +313,9 @@ def parse_row(line: bytes) -> Record:
             value,
             None if updated_at == b"\\N" else updated_at.decode(),
             None if expires_at == b"\\N" else expires_at.decode(),
+            row,
         )
-    return _record((key_type.decode(), key_id.decode(), value, updated_at.decode(), expires_at.decode()))
+    return _record((key_type.decode(), key_id.decode(), value, updated_at.decode(), expires_at.decode(), row))
 
 
 def _unescaped(field: bytes) -> bytes:

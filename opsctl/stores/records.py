@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import asdict, dataclass
+from hashlib import blake2b
 from typing import TYPE_CHECKING, NamedTuple
 
 import orjson
@@ -25,7 +26,8 @@ CREDS_TYPE = "creds"
 class Record(NamedTuple):
     """One key as a store holds it: times are PostgreSQL's text in UTC (`2026-01-31 03:04:05.678901+00`) or None.
 
-    A tuple because a restore makes 230,000 of them: a frozen dataclass costs 0.6 us more each.
+    `row` is the digest of the database's row (`row_digest`), empty where it comes from elsewhere. A tuple because a
+    restore makes 230,000 of them: a frozen dataclass costs 0.6 us more each.
     """
 
     key_type: str
@@ -33,10 +35,14 @@ class Record(NamedTuple):
     value: bytes
     updated_at: str | None
     expires_at: str | None
+    row: bytes = b""
 
 
 class FileEntry(NamedTuple):
-    """One file of a company's folder and the row it was made from."""
+    """One file of a company's folder and the row it was made from.
+
+    `row` is that row's digest in hexadecimal digits: a row that still has it needs no second look.
+    """
 
     sha256: str
     key_type: str
@@ -44,6 +50,7 @@ class FileEntry(NamedTuple):
     form: str
     updated_at: str | None
     expires_at: str | None
+    row: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,8 +82,13 @@ class Origin:
     returned: Returned | None = None
 
 
-_SHA256 = re.compile("[0-9a-f]{64}")
-_FIELDS = ("sha256", "type", "id", "form", "updated_at", "expires_at")
+_SHA256, _ROW = re.compile("[0-9a-f]{64}"), re.compile("[0-9a-f]{32}")
+_FIELDS = ("sha256", "type", "id", "form", "updated_at", "expires_at", "row")
+
+
+def row_digest(line: bytes) -> bytes:
+    """The digest of a key's row, times and all: of its line in COPY's text format, without the line break."""
+    return blake2b(line, digest_size=16).digest()
 
 
 class ManifestDamaged(ValueError):
@@ -88,7 +100,7 @@ def entry_json(entry: FileEntry) -> bytes:
 
     A copy, because what orjson gives keeps the kilobyte that it was written into.
     """
-    digest, key_type, key_id, form, updated_at, expires_at = entry
+    digest, key_type, key_id, form, updated_at, expires_at, row = entry
     fields = {
         "sha256": digest,
         "type": key_type,
@@ -96,6 +108,7 @@ def entry_json(entry: FileEntry) -> bytes:
         "form": form,
         "updated_at": updated_at,
         "expires_at": expires_at,
+        "row": row,
     }
     return orjson.dumps(fields)[1:-1]
 
@@ -141,11 +154,14 @@ def _files(lines: Iterator[bytes]) -> Iterator[tuple[str, FileEntry]]:
             return
         try:
             ((name, fields),) = orjson.loads(b"{" + line.rstrip(b",\n") + b"}").items()
-            entry = FileEntry(*(fields[field] for field in _FIELDS))
+            entry = FileEntry(*map(fields.__getitem__, _FIELDS))
+            digest, row = entry.sha256, entry.row
         except (orjson.JSONDecodeError, KeyError, TypeError, ValueError, AttributeError):
             raise ManifestDamaged("a line of it cannot be read") from None
-        if not isinstance(entry.sha256, str) or not _SHA256.fullmatch(entry.sha256):
+        if not (isinstance(digest, str) and _SHA256.fullmatch(digest)):
             raise ManifestDamaged("a digest in it is none")
+        if row is not None and not (isinstance(row, str) and _ROW.fullmatch(row)):
+            raise ManifestDamaged("a row's digest in it is none")
         yield name, entry
     raise ManifestDamaged("its end is missing")
 

@@ -18,14 +18,13 @@ from opsctl import db
 from opsctl.errors import Locked
 from opsctl.queries import query
 from opsctl.stores.archive import Head, new_archive
-from opsctl.stores.postgres import Creds, fingerprint_of
+from opsctl.stores.postgres import Creds, Fingerprint, fingerprint_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
     from contextlib import AbstractContextManager
     from datetime import timedelta
     from pathlib import Path
-    from typing import LiteralString
 
     from opsctl.stores.archive import Archive
 
@@ -79,6 +78,18 @@ class _Kept:
 
 
 @dataclass(frozen=True, slots=True)
+class _Taken(_Kept):
+    mark: str
+    """What the row was of its company's `Fingerprint.key_marks`."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Unwritten:
+    key_count: int
+    key_marks: str
+
+
+@dataclass(frozen=True, slots=True)
 class _Line:
     line: str
 
@@ -95,14 +106,23 @@ class Rewriting:
         self._connection = connection
         self._company = company_id
         self._keep = keep
+        self._before = fingerprint_of(connection, company_id)
+        self._taken_count = self._taken_marks = 0
 
-    def fingerprint(self) -> str:
-        """As `fingerprint_of` gave it when the change was planned, if nothing was written since."""
-        return fingerprint_of(self._connection, self._company)
+    @property
+    def fingerprint(self) -> Fingerprint:
+        """Of the rows before the first change: as it was when the change was planned, if nothing was written since."""
+        return self._before
 
-    def key_rows(self) -> Iterator[bytes]:
-        """The keys as they are now, as `Snapshot.key_rows` gives them."""
-        return db.copied(self._connection, query("copy_keys"), company_id=self._company)
+    def others_stay(self) -> bool:
+        """Whether every key that was neither put nor deleted is still there, and is the same row."""
+        (now,) = db.rows(self._connection, query("count_unwritten_keys"), _Unwritten, company_id=self._company)
+        count, marks = self._before.key_count - self._taken_count, int(self._before.key_marks) - self._taken_marks
+        return (now.key_count, int(now.key_marks)) == (count, marks)
+
+    def written_key_rows(self) -> Iterator[bytes]:
+        """The keys that were put, as `Snapshot.key_rows` gives them."""
+        return db.copied(self._connection, query("copy_written_keys"), company_id=self._company)
 
     def creds(self) -> Creds | None:
         """The credentials as they are now."""
@@ -121,7 +141,10 @@ class Rewriting:
             before = {(old.key_type, old.key_id): old for old in self._taken([row[:2] for row in some])}
             put = [row.as_json(before.get(row[:2])) for row in some]
             # One JSON text: an array of texts would have each quote in them escaped, one by one.
-            written = self._rows(query("put_company_keys"), rows=orjson.dumps(put).decode())
+            rows_json = orjson.dumps(put).decode()
+            written = db.rows(
+                self._connection, query("put_company_keys"), _Kept, company_id=self._company, rows=rows_json
+            )
             for new in written:
                 old = before.get((new.key_type, new.key_id))
                 self._keep(_archived(_KEYS, old=old.line if old else None, new=new.line))
@@ -143,11 +166,12 @@ class Rewriting:
         found = db.rows(self._connection, query("read_auth"), _Line, company_id=self._company)
         return found[0].line if found else None
 
-    def _taken(self, keys: Sequence[tuple[str, ...]]) -> list[_Kept]:
-        return self._rows(query("take_company_keys"), **_names(keys))
-
-    def _rows(self, statement: LiteralString, **values: str | Sequence[str]) -> list[_Kept]:
-        return db.rows(self._connection, statement, _Kept, company_id=self._company, **values)
+    def _taken(self, keys: Sequence[tuple[str, ...]]) -> list[_Taken]:
+        names = {"key_types": [key[0] for key in keys], "key_ids": [key[1] for key in keys]}
+        taken = db.rows(self._connection, query("take_company_keys"), _Taken, company_id=self._company, **names)
+        self._taken_count += len(taken)
+        self._taken_marks += sum(int(old.mark) for old in taken)
+        return taken
 
 
 @contextmanager
@@ -167,10 +191,6 @@ def rewriting(connection: db.Connection, archive: Archive, company_id: str) -> I
         archive.concerns(company_id)
     except psycopg.Error as error:
         raise db.translated(error) from None
-
-
-def _names(keys: Sequence[tuple[str, ...]]) -> dict[str, list[str]]:
-    return {"key_types": [key[0] for key in keys], "key_ids": [key[1] for key in keys]}
 
 
 def _archived(table: str, *, old: str | None = None, new: str | None = None) -> bytes:

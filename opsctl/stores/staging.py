@@ -145,7 +145,7 @@ class CompanyWriter:
 
     def add(self, record: Record) -> None:
         """Write one key. A bad value is written as it is and warned of; what cannot be a file is left out, listed."""
-        key_type, key_id, value, updated_at, expires_at = record
+        key_type, key_id, value, updated_at, expires_at, row = record
         if self._is_not_wanted(key_type, key_id, updated_at):
             return
         try:
@@ -159,7 +159,9 @@ class CompanyWriter:
             self._warn(key_type, problem, name)
         if name in self._entries and not self._is_newer(name, record):
             return
-        self._write(name, data, FileEntry(sha256(data).hexdigest(), key_type, key_id, form, updated_at, expires_at))
+        digest = sha256(data).hexdigest()
+        entry = FileEntry(digest, key_type, key_id, form, updated_at, expires_at, row.hex() or None)
+        self._write(name, data, entry)
         self._count(key_type, key_id, data)
 
     def adopt(self, name: str, entry: FileEntry, data: bytes, *, in_place: bool) -> None:
