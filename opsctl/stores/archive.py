@@ -137,9 +137,9 @@ class Archive:
 
     def _finish_member(self) -> None:
         """End the member that was begun and wait for the disk."""
-        pending, self._pending = self._pending, []
-        for piece in pending:
-            piece.result()
+        for piece in self._pending:
+            piece.result()  # where one failed, `_take_back` still waits for those after it
+        self._pending = []
         _write_all(self._fd, self._member.flush())
         os.fdatasync(self._fd)
         self._member = zlib.compressobj(_LEVEL, wbits=_GZIP)
