@@ -1,7 +1,7 @@
-"""One pass over the table, range by range, in transactions that aim at 25 ms of work, archived before they commit.
+"""One pass over the table, range by range, in short transactions, archived before they commit.
 
-What is expired in some blocks is found in one transaction and deleted in others, each of which checks again and passes
-over what the service has locked.
+What is expired in some blocks is deleted at one stroke. Where the service has locked some of it, or a limit is near, it
+is found in one transaction and deleted in others, each of which checks again and passes over what is locked.
 """
 
 from __future__ import annotations
@@ -22,10 +22,14 @@ if TYPE_CHECKING:
 
     from opsctl.db import Connection
     from opsctl.stores.archive import Archive
-    from opsctl.stores.keys import Expiry, Places
+    from opsctl.stores.keys import Expiry, Places, TableSizes
 
 _AIM_S = 0.025
 """What a transaction's work is cut for: with the wait for the disk it then still stays below 0.1 s."""
+_AIM_BESIDE_A_SERVICE_S = 0.008
+"""With a pause: whoever commits meanwhile waits until the log of such a transaction is on the disk."""
+_MOST_ROWS_IN_A_BLOCK = 291
+"""MaxHeapTuplesPerPage of 8 KiB (PostgreSQL, src/include/access/htup_details.h)."""
 _ATTEMPTS = 3
 
 
@@ -36,11 +40,12 @@ class Batch:
     size: int
     fewest: int
     most: int
+    aim_s: float = _AIM_S
 
     def adapt(self, done: int, seconds: float) -> None:
-        """Towards `_AIM_S`, at most twice as many the next time, or a quarter; a small rest says nothing."""
-        if done >= self.size or seconds > _AIM_S:
-            factor = max(0.25, min(2.0, _AIM_S / seconds))
+        """Towards `aim_s`, at most twice as many the next time, or a quarter; a small rest says nothing."""
+        if done >= self.size or seconds > self.aim_s:
+            factor = max(0.25, min(2.0, self.aim_s / seconds))
             self.size = max(self.fewest, min(self.most, int(done * factor)))
 
 
@@ -94,55 +99,74 @@ class Pass:
         self._limits = limits
         self._advance = advance
         self._started = time.monotonic()
-        self._blocks = Batch(256, fewest=8, most=2_048)
-        self._rows = Batch(500, fewest=100, most=20_000)
+        aim_s = _AIM_BESIDE_A_SERVICE_S if limits.pause_ratio else _AIM_S
+        self._blocks = Batch(16, fewest=4, most=256, aim_s=aim_s)
+        self._rows = Batch(500, fewest=100, most=20_000, aim_s=aim_s)
         self.progress = progress
 
-    def run(self, blocks: int) -> None:
-        """Go through `blocks` blocks of every partition. Signals are answered between two transactions."""
+    def run(self, sizes: TableSizes) -> None:
+        """Go through all blocks of every partition. Signals are answered between two transactions."""
         first = 0
         try:
-            while first < blocks:
-                end = min(first + self._blocks.size, blocks)
-                for places in self._found(first, end):
-                    self._delete(places)
-                first = end
+            while first < sizes.blocks:
+                blocks = range(first, min(first + self._blocks.size, sizes.blocks))
+                most = len(blocks) * sizes.parts * _MOST_ROWS_IN_A_BLOCK
+                if self._allowed(most) < most or not self._delete_range(blocks):
+                    for places in self._found(blocks):
+                        self._delete(places)
+                first = blocks.stop
         except _Stop as stop:
             self.progress.stopped = str(stop)
 
-    def _found(self, first: int, end: int) -> list[Places]:
+    def _delete_range(self, blocks: range) -> bool:
+        """Delete what is expired there at one stroke; False where some of it is locked, and nothing was deleted."""
         self._check()
         began = time.monotonic()
+        with held_back():
+            try:
+                with self._counted(), self._archive.transaction(self._connection) as keep:
+                    deleted = keys.delete_expired_range(self._connection, self._expiry, blocks, keep)
+                    self._blocks.adapt(len(blocks), time.monotonic() - began)
+            except (psycopg.errors.DeadlockDetected, psycopg.errors.LockNotAvailable):
+                return False
+            self._count(deleted)
+        self._rest_after(began)
+        return True
+
+    def _found(self, blocks: range) -> list[Places]:
+        self._check()
         with held_back(), self._counted():
-            found = keys.find_expired(self._connection, self._expiry, first_block=first, end_block=end)
-        self._blocks.adapt(end - first, time.monotonic() - began)
-        return found
+            return keys.find_expired(self._connection, self._expiry, blocks)
 
     def _delete(self, places: Places) -> None:
         start = 0
         while start < len(places):
             self._check()
-            batch = places.cut(start, self._allowed())
+            batch = places.cut(start, self._allowed(self._rows.size))
             self._delete_batch(batch)
             start += len(batch)
-            self._advance(self.progress.rows)
 
     def _delete_batch(self, batch: Places) -> None:
         began = time.monotonic()
         with held_back():
-            deleted = self._deleted(batch)
-            count = sum(deleted.values())
-            self.progress.deleted.update(deleted)
-            self.progress.rows += count
+            count = self._count(self._deleted(batch))
             if count < len(batch):
                 locked = keys.count_still_expired(self._connection, self._expiry, batch)
                 self.progress.locked += locked
                 self.progress.changed += len(batch) - count - locked
-        self._rest((time.monotonic() - began) * self._limits.pause_ratio)
+        self._rest_after(began)
 
-    def _rest(self, seconds: float) -> None:
-        """Sleep, but not past the moment at which the pass would stop anyway."""
+    def _count(self, deleted: Counter[tuple[str, str]]) -> int:
+        count = deleted.total()
+        self.progress.deleted.update(deleted)
+        self.progress.rows += count
+        self._advance(self.progress.rows)
+        return count
+
+    def _rest_after(self, began: float) -> None:
+        """Sleep in proportion to the work since, but not past the moment at which the pass would stop anyway."""
         limits = self._limits
+        seconds = (time.monotonic() - began) * limits.pause_ratio
         until_stop = float("inf") if limits.longest_s is None else limits.longest_s - (time.monotonic() - self._started)
         remaining = limits.remaining()
         time.sleep(max(0.0, min(seconds, until_stop, float("inf") if remaining is None else remaining)))
@@ -173,10 +197,10 @@ class Pass:
         yield
         self._rows.adapt(len(batch), time.monotonic() - began)
 
-    def _allowed(self) -> int:
-        """Rows of the next transaction."""
+    def _allowed(self, rows: int) -> int:
+        """As many of these as `--max-rows` leaves."""
         most = self._limits.most_rows
-        return self._rows.size if most is None else min(self._rows.size, most - self.progress.rows)
+        return rows if most is None else min(rows, most - self.progress.rows)
 
     def _check(self) -> None:
         limits = self._limits

@@ -2,7 +2,8 @@
 SELECT
     sum(pg_table_size(part))::bigint AS table_bytes,
     sum(pg_indexes_size(part))::bigint AS index_bytes,
-    max(pg_relation_size(part) / current_setting('block_size')::int) AS blocks
+    max(pg_relation_size(part) / current_setting('block_size')::int) AS blocks,
+    count(*) AS parts
 FROM (
     SELECT 'whatsapp_keys'::regclass AS part
     UNION

@@ -84,11 +84,12 @@ class CensusRow:
 
 @dataclass(frozen=True, slots=True)
 class TableSizes:
-    """What the keys take on disk; `blocks` of the largest partition."""
+    """What the keys take on disk; `blocks` of the largest of the table's `parts`, the table itself among them."""
 
     table_bytes: int
     index_bytes: int
     blocks: int
+    parts: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,15 +177,14 @@ def pre_key_floors(connection: db.Connection, *, kept: int) -> dict[str, int]:
         }
 
 
-def find_expired(connection: db.Connection, expiry: Expiry, *, first_block: int, end_block: int) -> list[Places]:
+def find_expired(connection: db.Connection, expiry: Expiry, blocks: range) -> list[Places]:
     """Where expired rows lie among some blocks, partition by partition. A short transaction of its own."""
     found: dict[int, list[str]] = {}
     with _short(connection):
         pieces = db.copied(
             connection,
             query("find_expired"),
-            first=f"({first_block},0)",
-            last=f"({end_block},0)",
+            **_range(blocks),
             **expiry.values(),
         )
         for piece in pieces:
@@ -201,11 +201,28 @@ def delete_expired(
 
     Each row goes to `keep` as a line of the archive. Gives what was deleted by company and type.
     """
-    prepare(connection)
-    # A commit that a crash of the server forgets gives back rows that are in the archive too: nobody waits for it.
-    connection.execute("SET LOCAL synchronous_commit = off")
+    prepare(connection, wait_for_disk=False)
+    return _kept(db.copied(connection, query("delete_expired"), **places.values(), **expiry.values()), keep)
+
+
+def delete_expired_range(
+    connection: db.Connection, expiry: Expiry, blocks: range, keep: Callable[[bytes], None]
+) -> Counter[tuple[str, str]]:
+    """Delete what is expired among some blocks of every partition, as `delete_expired` does, in half its time.
+
+    It cannot pass over what is locked: raises `psycopg.errors.LockNotAvailable` where that takes longer than 5 ms.
+    """
+    prepare(connection, wait_for_disk=False, lock_timeout="5ms")
+    return _kept(db.copied(connection, query("delete_expired_range"), **_range(blocks), **expiry.values()), keep)
+
+
+def _range(blocks: range) -> dict[str, str]:
+    return {"first": f"({blocks.start},0)", "last": f"({blocks.stop},0)"}
+
+
+def _kept(pieces: Iterator[bytes], keep: Callable[[bytes], None]) -> Counter[tuple[str, str]]:
     deleted: Counter[tuple[str, str]] = Counter()
-    for piece in db.copied(connection, query("delete_expired"), **places.values(), **expiry.values()):
+    for piece in pieces:
         lines = piece.replace(b"\\\\", b"\\")  # all that COPY escapes in JSON of one line
         keep(lines)
         deleted.update(_names(lines))
@@ -243,9 +260,13 @@ def _short(connection: db.Connection) -> Iterator[None]:
             connection.execute("ROLLBACK")
 
 
-def prepare(connection: db.Connection) -> None:
-    """The settings of a short transaction that writes, inside of it."""
-    connection.execute(query("prepare_writing"))
+def prepare(connection: db.Connection, *, wait_for_disk: bool = True, lock_timeout: str = "1s") -> None:
+    """The settings of a short transaction that writes, inside of it.
+
+    Without `wait_for_disk` a crash of the server may forget its commit: only where that loses nothing.
+    """
+    asynchronous = None if wait_for_disk else "off"
+    connection.execute(query("prepare_writing"), {"lock_timeout": lock_timeout, "synchronous_commit": asynchronous})
 
 
 @contextmanager

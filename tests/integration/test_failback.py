@@ -327,7 +327,7 @@ def test_a_switch_on_record_ends_when_every_company_is_back(live: Fleet) -> None
     assert read_switch(live.target) is None
 
 
-@pytest.mark.parametrize("fault", ["trigger", "constraint", "read-only"])
+@pytest.mark.parametrize("fault", ["trigger", "trigger on others", "constraint", "read-only"])
 def test_a_company_that_the_database_does_not_take_is_rolled_back_and_named(live: Fleet, fault: str) -> None:
     edit(min(live.folder(SECOND).glob("session-*.json")), note="went on")
     if fault == "trigger":  # what is written is not what is read
@@ -337,6 +337,16 @@ def test_a_company_that_the_database_does_not_take_is_rolled_back_and_named(live
         )
         live.database.execute(
             f"CREATE TRIGGER spoil BEFORE INSERT ON whatsapp_keys FOR EACH ROW WHEN (NEW.company_id = '{FIRST}')"
+            " EXECUTE FUNCTION spoil()"
+        )
+    elif fault == "trigger on others":  # what nobody meant to touch is gone
+        live.database.execute(
+            "CREATE FUNCTION spoil() RETURNS trigger LANGUAGE plpgsql AS "
+            "$$ BEGIN DELETE FROM whatsapp_keys WHERE company_id = NEW.company_id AND key_type = 'device-list'; "
+            "RETURN NEW; END $$"
+        )
+        live.database.execute(
+            f"CREATE TRIGGER spoil AFTER INSERT ON whatsapp_keys FOR EACH ROW WHEN (NEW.company_id = '{FIRST}')"
             " EXECUTE FUNCTION spoil()"
         )
     elif fault == "constraint":
@@ -349,6 +359,7 @@ def test_a_company_that_the_database_does_not_take_is_rolled_back_and_named(live
         return
     before = [row for row in dump(live) if row[0] == FIRST]
     done = failback(live, *STOPPED, "--json")
-    assert done.returncode == (1 if fault == "trigger" else 6), done
-    assert results(done) == {FIRST: "not verified" if fault == "trigger" else "refused", SECOND: "brought back"}
+    by_trigger = fault.startswith("trigger")
+    assert done.returncode == (1 if by_trigger else 6), done
+    assert results(done) == {FIRST: "not verified" if by_trigger else "refused", SECOND: "brought back"}
     assert [row for row in dump(live) if row[0] == FIRST] == before
