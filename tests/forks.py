@@ -73,7 +73,11 @@ def _serve() -> None:
     import multiprocessing.connection
     import multiprocessing.popen_fork  # noqa: F401
 
+    import certifi  # noqa: F401
+    import sentry_sdk.envelope
+    import sentry_sdk.utils  # noqa: F401
     import tenacity  # noqa: F401
+    import urllib3  # noqa: F401
 
     import opsctl.operations.restore
     import opsctl.operations.undo

@@ -1,7 +1,7 @@
 """The kinds of keys: what losing one costs, when it may go, what its value looks like (docs/baileys.md section 3)."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import timedelta
 from enum import StrEnum
@@ -121,6 +121,18 @@ def own_addresses(me_id: str | None, me_lid: str | None) -> frozenset[str]:
         for domain in ("", _DOMAINS.get(match["server"], ""))
         for device in devices
     )
+
+
+def shown_key_id(key_id: str, me_ids: Iterable[str | None]) -> str:
+    """A key's id as it may be printed: the account's own numbers, which name it, stand there as `me`.
+
+    >>> shown_key_id("123@g.us::456_1::7", ["456:7@s.whatsapp.net", None])
+    '123@g.us::me_1::7'
+    """
+    for jid in me_ids:
+        if jid and (match := _JID.match(jid)):
+            key_id = re.sub(rf"(?<!\d){re.escape(match['user'])}(?!\d)", "me", key_id)
+    return key_id
 
 
 def sender_key_encoding(data: bytes) -> Literal["array", "buffer"] | None:

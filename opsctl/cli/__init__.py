@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 import opsctl
-from opsctl.cli import cache, config, cron, db, drill, frame, keys, runbook, sessions, standby, switch, triage
+from opsctl.cli import cache, config, cron, db, drill, frame, keys, runbook, selftest, sessions, standby, switch, triage
 
 EMERGENCY = """\
 PostgreSQL is down and WhatsApp with it? In this order:
@@ -38,6 +38,7 @@ app.add_typer(drill.app, name="drill")
 app.add_typer(runbook.app, name="runbook")
 app.add_typer(config.app, name="config")
 app.add_typer(cron.app, name="cron")
+app.add_typer(selftest.app, name="selftest")
 
 
 def _version(wanted: bool) -> None:

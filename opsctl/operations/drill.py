@@ -54,7 +54,7 @@ def run_drill(
     Raises `Refused` where no drill can be held: no embedded PostgreSQL, no space, no such scratch folder.
     """
     checks: list[Check] = []
-    with _translating(scratch), _scratch_folder(scratch) as folder, ExitStack() as running:
+    with translating("drill", scratch), scratch_folder("opsctl-drill-", scratch) as folder, ExitStack() as running:
         with journal.step("start an embedded PostgreSQL"):
             server = running.enter_context(embedded_server(folder))
         with journal.step(f"seed {companies} x {keys:,} keys"), psycopg.connect(server.conninfo()) as connection:
@@ -92,24 +92,26 @@ def run_drill(
 
 
 @contextmanager
-def _translating(scratch: Path | None) -> Iterator[None]:
+def translating(what: str, scratch: Path | None) -> Iterator[None]:
+    """Raises `Refused` where no `what` can be held: no embedded PostgreSQL, no space, no such folder."""
     place = scratch or Path(tempfile.gettempdir())
     try:
         yield
     except EmbeddedServerError as error:
-        raise Refused(f"no drill can be held: {error}", kind="no-embedded-server", hint=error.hint) from None
+        raise Refused(f"no {what} can be held: {error}", kind="no-embedded-server", hint=error.hint) from None
     except (psycopg.Error, OSError) as error:
         why = error.strerror if isinstance(error, OSError) else error.diag.message_primary or "its PostgreSQL gave up"
         raise Refused(
-            f"no drill can be held in {place}: {why}",
+            f"no {what} can be held in {place}: {why}",
             kind="no-scratch",
             hint=f"df -h {place}, or pass another --scratch",
         ) from None
 
 
 @contextmanager
-def _scratch_folder(parent: Path | None) -> Iterator[Path]:
-    folder = Path(tempfile.mkdtemp(prefix="opsctl-drill-", dir=parent))
+def scratch_folder(prefix: str, parent: Path | None) -> Iterator[Path]:
+    """A new folder in `parent`, else in the system's temporary one; afterwards it is gone."""
+    folder = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
     folder.chmod(0o711)  # the users of the server and of the folders have to pass; names inside cannot be listed
     try:
         yield folder

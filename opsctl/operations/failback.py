@@ -20,6 +20,7 @@ import orjson
 
 from opsctl.baileys import buffers, credentials
 from opsctl.baileys.filenames import UnwritableName, folder_name, is_company_id
+from opsctl.baileys.key_types import shown_key_id
 from opsctl.errors import DatabaseUnavailable, Locked, OpsctlError, Refused, SourceUnavailable
 from opsctl.operations.sides import CompanyPlan, Sides, as_text, identity
 from opsctl.operations.three_way import WRITTEN, Action, Prefer
@@ -443,7 +444,7 @@ def _compare(snapshot: Snapshot, folder_fd: int, origin: Origin | None, plan: Co
     creds = snapshot.creds(company)
     for lines in snapshot.key_rows(company):
         sides.take(lines)
-    plan.refused, may_delete = _account(sides, origin, creds, accepted=company in wish.new_identities)
+    plan.refused, may_delete = _account(sides, origin, creds, plan, accepted=company in wish.new_identities)
     if plan.refused is None:
         sides.decide(
             plan,
@@ -463,11 +464,14 @@ def _is_another(server: Server, origin: Origin) -> bool:
 
 
 def _account(
-    sides: Sides, origin: Origin | None, creds_row: Creds | None, *, accepted: bool
+    sides: Sides, origin: Origin | None, creds_row: Creds | None, plan: CompanyPlan, *, accepted: bool
 ) -> tuple[str | None, bool]:
     """Why the folder may not be brought back into these rows, and whether what it lost may be deleted there."""
     published = origin.me_sha256 if origin else None
-    theirs = _fingerprint(credentials.examine(buffers.normalise(creds_row.creds.encode()).data)) if creds_row else None
+    in_row = credentials.examine(buffers.normalise(creds_row.creds.encode()).data) if creds_row else None
+    theirs = _fingerprint(in_row) if in_row else None
+    if in_row:
+        plan.me_ids = (in_row.me_id, in_row.me_lid)
     if sides.creds is None:
         unsure = (
             f"its creds.json is {sides.creds_damage}, and nothing proves that its keys are the database's account's"
@@ -476,6 +480,7 @@ def _account(
         return (None if proven else unsure), False
     examined = credentials.examine(sides.creds)
     ours = _fingerprint(examined)
+    plan.me_ids = (*plan.me_ids, examined.me_id, examined.me_lid)
     if not examined.registered and (theirs or published):
         return "its creds.json is not registered any more: a new pairing was begun and not finished", False
     if not accepted and {theirs, published} - {ours, None}:
@@ -566,7 +571,9 @@ def _row(plan: CompanyPlan, result: Result, reason: str | None = None) -> Compan
         kept=counts[Action.KEPT],
         damaged=counts[Action.DAMAGED],
         conflicting=plan.conflicts,
-        keys=tuple(KeyRow(c.key_type, c.key_id, c.action, c.reason) for c in differing[:_LISTED]),
+        keys=tuple(
+            KeyRow(c.key_type, shown_key_id(c.key_id, plan.me_ids), c.action, c.reason) for c in differing[:_LISTED]
+        ),
         warnings=tuple(plan.warnings),
         reason=reason,
     )

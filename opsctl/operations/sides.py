@@ -82,6 +82,8 @@ class CompanyPlan:
     creds_updated_at: str | None = None
     form: StoredForm = StoredForm.JSON_STRINGIFY
     folder_digest: str = ""
+    me_ids: tuple[str | None, ...] = ()
+    """The account's ids on both sides: no key's id is shown with them."""
 
     def tell(self, change: Change) -> None:
         """Count one key, and keep it where it is to be written, deleted or told of."""

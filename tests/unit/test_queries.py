@@ -26,6 +26,7 @@ EXECUTED = {
     "seed_keys": "COPY FROM",
     "drill_read_only": "ALTER ROLE, executed by its drill",
     "drill_drop_tables": "DROP TABLE, executed by its drill",
+    "leaks_forbid": "ALTER TABLE, executed by the search for leaks",
 }
 """What EXPLAIN does not take; the tests execute it."""
 VALUES: dict[str, object] = {
