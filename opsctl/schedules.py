@@ -16,6 +16,7 @@ from zoneinfo import ZoneInfo
 from opsctl import process, services
 from opsctl.crontab import DEFAULT_PATH, lines, times
 from opsctl.errors import SettingsError
+from opsctl.jobs import JOBS
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -99,9 +100,10 @@ def _crontab(place: str, text: str, zone: tzinfo, *, with_user: bool) -> Iterato
 
 
 def _timers(zone: tzinfo) -> Iterator[Installed]:
-    """Timers that are loaded, and those of ours that are not."""
+    """Timers that are loaded, and those of ours that are only installed: a pattern does not find them."""
     wanted = "Id,Unit,LoadState,ActiveState,TimersCalendar"
-    timers = [t for t in _shown(wanted, "*.timer", "opsctl-*.timer") if t.get("LoadState") == "loaded"]
+    ours = [f"opsctl-{job.name}.timer" for job in JOBS]
+    timers = [timer for timer in _shown(wanted, "*.timer", *ours) if timer.get("LoadState") == "loaded"]
     units = {timer.get("Unit", "") for timer in timers} - {""}
     if not units:
         return

@@ -14,12 +14,14 @@ import subprocess
 import sys
 from datetime import datetime, timedelta, timezone, tzinfo
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 
 import opsctl
+from opsctl import schedules
 from opsctl.operations import cron as operation
+from opsctl.settings import load
 from tests import needs
 from tests.pm2.door import Pm2, pm2
 
@@ -117,39 +119,46 @@ def test_the_lines_are_taken_by_crontab_and_then_nothing_is_missing(machine: Mac
 @in_a_mount_namespace
 @with_crontab
 @pytest.mark.parametrize(
-    ("old", "new", "job", "state", "seen"),
+    "spoiled",
     [
-        (r"(?m)^.*db health --quiet\n", "", "db health", "missing", "nothing runs it"),
-        (r"(?m)^(?=.*standby sync --quiet)", "#", "standby sync", "disabled", "commented out"),
-        (r"(?m)^(.*drill run --quiet\n)", r"\1\1", "drill run", "twice", "line"),
-        (r"(?m)^0 3 ", "10 4 ", "keys cleanup", "off time", "its monitor expects 0 3 * * * UTC"),
-        (r"(?m)^\* \* \* \* \* ", "*/2 * * * * ", "standby sync", "off time", "its monitor expects * * * * * UTC"),
-        (r"(?m)^\*/5 \* \* \* \* (.*db health)", r"@hourly \1", "db health", "off time", "its monitor expects"),
-        (r"(?m)^\*/5 \* \* \* \* (.*db health)", r"@reboot \1", "db health", "unclear", "@reboot"),
-        ("--yes ", "", "keys cleanup", "asks", "without --yes"),
-        (r"keys cleanup --yes", "keys cleanup --yes --dry-run", "keys cleanup", "missing", "nothing runs it"),
-        (r"\S+/opsctl drill", "opsctl drill", "drill run", "not found", "no opsctl on its PATH (/nowhere)"),
-        (r"\S+/opsctl drill", "/nowhere/opsctl drill", "drill run", "not found", "no opsctl on its PATH"),
-        (r"\Z", "0 3 * * 1 pg_dump wa >/srv/wa.sql\n", "keys cleanup", "collides", "a backup runs in that minute"),
-        (r"\Z", "*/15 * * * * /srv/bin/Backup.sh\n", "keys cleanup", "collides", "a backup runs in that minute"),
+        {
+            "standby sync": (r"(?m)^(?=.*standby sync --quiet)", "#", "disabled", "commented out"),
+            "db health": (r"(?m)^.*db health --quiet\n", "", "missing", "nothing runs it"),
+            "keys cleanup": (r"(?m)^0 3 ", "10 4 ", "off time", "its monitor expects 0 3 * * * UTC"),
+            "drill run": (r"(?m)^(.*drill run --quiet\n)", r"\1\1", "twice", "line"),
+        },
+        {
+            "standby sync": (r"(?m)^\* \* \* \* \* ", "*/2 * * * * ", "off time", "its monitor expects * * * * * UTC"),
+            "db health": (r"(?m)^\*/5 \* \* \* \* ", "@hourly ", "off time", "its monitor expects */5 * * * * UTC"),
+            "keys cleanup": ("--yes ", "", "asks", "without --yes"),
+            "drill run": (r"\S+/opsctl drill", "opsctl drill", "not found", "no opsctl on its PATH (/nowhere)"),
+        },
+        {
+            "db health": (r"(?m)^\*/5 \* \* \* \* ", "@reboot ", "unclear", "@reboot"),
+            "keys cleanup": ("cleanup --yes", "cleanup --yes --dry-run", "missing", "nothing runs it"),
+            "drill run": (r"\S+/opsctl drill", "/nowhere/opsctl drill", "not found", "no opsctl on its PATH"),
+        },
+        {"keys cleanup": (r"\Z", "0 3 * * 1 pg_dump wa\n", "collides", "a backup runs in that minute")},
+        {"keys cleanup": (r"\Z", "*/15 * * * * /srv/bin/Backup.sh\n", "collides", "a backup runs in that minute")},
     ],
-)  # fmt: skip
+)
 def test_what_is_wrong_with_the_crontab_is_found(
-    old: str, new: str, job: str, state: str, seen: str, machine: Machine, daemon: None
+    spoiled: dict[str, tuple[str, str, str, str]], machine: Machine, daemon: None
 ) -> None:
     text = re.sub(r'PATH=".*"', 'PATH="/nowhere"', machine.show())
     # As a real installation is called, wherever the tests run from.
     program = machine.programs / "opsctl"
     program.touch(0o755)
     text = re.sub(r"\S+ -m opsctl|\S+/opsctl(?= \w+ \w+)", str(program), text)
-    changed, count = re.subn(old, new, text)
-    assert count
-    machine.install(changed)
-    found = machine.check()
-    assert found[job][0] == state
-    assert seen in found[job][1]
-    assert found[job][2]
-    assert {row[0] for name, row in found.items() if name != job} == {"ok"}
+    for old, new, _, _ in spoiled.values():
+        text, count = re.subn(old, new, text)
+        assert count
+    machine.install(text)
+    for job, (state, seen, action) in machine.check().items():
+        *_, expected_state, expected = spoiled.get(job, ("ok", ""))
+        assert (job, state) == (job, expected_state)
+        assert expected in seen
+        assert bool(action) == (state != "ok")
 
 
 @in_a_mount_namespace
@@ -292,8 +301,8 @@ def test_systemd_finds_no_fault_in_the_units(machine: Machine) -> None:
 SYSTEMCTL = """\
 #!/bin/sh
 case "$*" in
-*Id,Unit,*) cat "$0.timers" ;;
-*Id,ExecStart*) cat "$0.services" ;;
+*Id,Unit,*"*.timer opsctl-standby-sync.timer opsctl-db-health.timer"*) /bin/cat "$0.timers" ;;
+*Id,ExecStart*) /bin/cat "$0.services" ;;
 esac
 """
 
@@ -310,11 +319,14 @@ def service(name: str, command: str, environment: str = "") -> str:
     return f"ExecStart={start}\nEnvironment={environment}\nId={name}.service\n"
 
 
-@in_a_mount_namespace
-def test_timers_are_read_those_that_are_off_and_a_backup_s_too(machine: Machine) -> None:
-    program = machine.programs / "systemctl"
+def test_timers_are_read_those_that_are_off_and_a_backup_s_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = tmp_path / "systemctl"
     program.write_text(SYSTEMCTL)
     program.chmod(0o755)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", str(tmp_path))  # which has no crontab
+    monkeypatch.setattr(schedules, "_CRON_FOLDER", tmp_path / "none")
+    monkeypatch.setattr(schedules, "_SYSTEM_CRONTAB", tmp_path / "none")
     calendars = ("*-*-* *:*:00 UTC", "*-*-* *:00/5:00 UTC", "*-*-* 03:00:00 UTC", "*-*-02 04:00:00 UTC")
     when = dict(zip(JOBS, calendars, strict=True))
     names = {job: f"opsctl-{job.replace(' ', '-')}" for job in JOBS}
@@ -324,7 +336,10 @@ def test_timers_are_read_those_that_are_off_and_a_backup_s_too(machine: Machine)
     def answer(*timers: str) -> dict[str, str]:
         program.with_name("systemctl.timers").write_text("\n".join(timers))
         program.with_name("systemctl.services").write_text("\n".join(services))
-        return {job: row[0] for job, row in machine.check().items()}
+        report = operation.check(load(environ={}))
+        states = {row.job: row.state for row in report.rows}
+        assert report.exit_code == (set(states.values()) != {"ok"})
+        return states
 
     well = [timer(names[job], when[job]) for job in JOBS]
     assert answer(*well) == dict.fromkeys(JOBS, "ok")
@@ -370,16 +385,15 @@ def test_pm2_takes_the_file_and_its_list_is_read(machine: Machine, pm2_daemon: P
     assert (states["drill run"], states["keys cleanup"]) == ("missing", "collides")
 
 
-def test_every_form_has_every_job_with_path_umask_lock_and_limit(machine: Machine) -> None:
-    def told(*words: str) -> dict[str, Any]:
-        env = {"PATH": os.environ["PATH"], "PYTHONPATH": str(Path(opsctl.__file__).parents[1]), "HOME": "/root"}
-        line = [sys.executable, "-m", "opsctl", "cron", "show", *words, "--json"]
-        done = subprocess.run(line, env=env, cwd=machine.folder, capture_output=True, text=True, check=True)
-        document: dict[str, Any] = json.loads(done.stdout)
-        return document
-
-    for form in ("crontab", "systemd", "pm2"):
-        rows = told("--as", form)["rows"]
-        assert [row["job"] for row in rows] == list(JOBS)
-        assert all(shlex.split(row["command"])[-1] == "--quiet" for row in rows)
-    assert told()["facts"]["form"] == "crontab"
+def test_json_has_every_job_with_its_command_and_its_time(machine: Machine) -> None:
+    env = {"PATH": os.environ["PATH"], "PYTHONPATH": str(Path(opsctl.__file__).parents[1]), "HOME": "/root"}
+    line = [sys.executable, "-m", "opsctl", "cron", "show", "--as", "systemd", "--json"]
+    done = subprocess.run(line, env=env, cwd=machine.folder, capture_output=True, text=True, check=True)
+    document = json.loads(done.stdout)
+    assert document["facts"]["form"] == "systemd"
+    assert [(row["job"], row["when"]) for row in document["rows"]][:3] == [
+        ("standby sync", "* * * * *"),
+        ("db health", "*/5 * * * *"),
+        ("keys cleanup", "0 3 * * *"),
+    ]
+    assert all(shlex.split(row["command"])[-1] == "--quiet" for row in document["rows"])
