@@ -41,6 +41,8 @@ class Installed:
     times: Times | None
     zone: tzinfo
     command: str
+    change: str
+    """What to type to change it."""
     off: str | None = None
     """Why it does not run, if it does not."""
     environment: Mapping[str, str] = field(default_factory=dict)
@@ -75,17 +77,21 @@ def cron_runs() -> bool:
 def _crontabs(users: Iterable[str], zone: tzinfo) -> Iterator[Installed]:
     if shutil.which("crontab"):
         for user in users:
-            words = ["crontab", "-l"] + (["-u", user] if os.geteuid() == 0 else [])
+            whose = ["-u", user] if os.geteuid() == 0 else []
+            words = ["crontab", "-l", *whose]
             done = process.run(words, environment=process.bare_environment(), timeout_s=TIMEOUT_S)
             text = done.stdout.decode(errors="replace") if done.exit_code == 0 else ""
-            yield from _crontab(f"crontab of {user}", text, zone, with_user=False)
+            change = shlex.join(["crontab", "-e", *whose])
+            yield from _crontab(f"crontab of {user}", text, zone, change=change, with_user=False)
     folder = sorted(_CRON_FOLDER.iterdir()) if _CRON_FOLDER.is_dir() else []
     for file in (_SYSTEM_CRONTAB, *(path for path in folder if re.fullmatch(r"[\w-]+", path.name))):
         with suppress(OSError):
-            yield from _crontab(str(file), file.read_text(errors="replace"), zone, with_user=True)
+            yield from _crontab(
+                str(file), file.read_text(errors="replace"), zone, change=f"editor {file}", with_user=True
+            )
 
 
-def _crontab(place: str, text: str, zone: tzinfo, *, with_user: bool) -> Iterator[Installed]:
+def _crontab(place: str, text: str, zone: tzinfo, *, change: str, with_user: bool) -> Iterator[Installed]:
     for line in lines(text, with_user=with_user):
         yield Installed(
             place=f"{place}, line {line.number}",
@@ -93,6 +99,7 @@ def _crontab(place: str, text: str, zone: tzinfo, *, with_user: bool) -> Iterato
             times=times(line.when),
             zone=zone,
             command=line.command,
+            change=change,
             off="commented out" if line.off else None,
             environment=line.environment,
             path=line.environment.get("PATH", DEFAULT_PATH),
@@ -122,6 +129,7 @@ def _timers(zone: tzinfo) -> Iterator[Installed]:
             times=fields,
             zone=UTC if when[1].endswith(" UTC") else zone,
             command=command[1],
+            change=f"systemctl enable --now {timer.get('Id')}",
             off=None if active == "active" else f"the timer is {active}",
             environment=dict(w.split("=", 1) for w in _split(service.get("Environment", "")) if "=" in w),
         )
@@ -163,6 +171,7 @@ def _pm2(settings: Settings, zone: tzinfo) -> Iterator[Installed]:
             times=times(str(when)),
             zone=zone,
             command=" ".join(map(str, [entry.get("pm_exec_path"), *words])),
+            change="opsctl cron show --as pm2",
             off=None if when not in {None, "", 0, "0"} else "PM2 has no cron restart for it",
             environment={"CLEANUP_AT": str(entry.get("CLEANUP_AT", ""))},  # the others are nobody's business
         )

@@ -323,7 +323,7 @@ def _look_at(
     running = [one for one in ours if one.off is None]
     if not running:
         if ours:
-            yield CronFinding(job.command, "disabled", f"{ours[0].place}: {ours[0].off}", "enable it")
+            yield CronFinding(job.command, "disabled", f"{ours[0].place}: {ours[0].off}", ours[0].change)
         else:
             yield CronFinding(job.command, "missing", "nothing runs it", "opsctl cron show")
         return
@@ -339,9 +339,9 @@ def _judged(job: Job, one: Installed, backups: Sequence[Installed], settings: Se
     seen = f"{one.place}: {one.when}"
     missing = [flag for flag in job.flags.split() if flag == "--yes" and flag not in one.command]
     if missing:
-        return CronFinding(job.command, "asks", f"{seen}: without --yes it ends with 2", "add --yes")
+        return CronFinding(job.command, "asks", f"{seen}: without --yes it ends with 2", one.change)
     if one.path is not None and not _reached(one.command, one.path):
-        return CronFinding(job.command, "not found", f"{seen}: there is no opsctl on its PATH ({one.path})", "set PATH")
+        return CronFinding(job.command, "not found", f"{seen}: there is no opsctl on its PATH ({one.path})", one.change)
     expected = _expected(job, one, settings)
     if one.times is None:
         return CronFinding(job.command, "unclear", f"{seen}: not read by opsctl", f"compare with {expected} UTC")
@@ -358,7 +358,7 @@ def _judged(job: Job, one: Installed, backups: Sequence[Installed], settings: Se
     if job.is_movable and (in_the_way := _collision(_time_of(expected), backups)):
         at = _free_time(_time_of(expected), backups)
         seen = f"{seen}: a backup runs in that minute ({in_the_way.place})"
-        return CronFinding(job.command, "collides", seen, f"set CLEANUP_AT={at}, then opsctl cron show")
+        return CronFinding(job.command, "collides", seen, f"opsctl cron show    # puts it at {at}")
     return CronFinding(job.command, _OK, seen)
 
 

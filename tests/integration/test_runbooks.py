@@ -6,7 +6,11 @@ state is another one than that which the lines before it have left has an act he
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
+import subprocess
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, cast
 
@@ -43,6 +47,7 @@ class Scene:
     fleet: Fleet
     server: EmbeddedServer
     typed: list[tuple[Line, Finished]] = field(default_factory=list)
+    ends: ExitStack = field(default_factory=ExitStack)
 
     @property
     def database(self) -> Database:
@@ -124,8 +129,17 @@ def keys_expired(scene: Scene) -> None:
 
 
 def deployed(scene: Scene) -> None:
+    """With a crontab as opsctl writes it; the crontab and the cron of this machine are nobody's business."""
     in_peacetime(scene)
     scene.database.execute("VACUUM ANALYZE")
+    programs = scene.fleet.place / "programs"
+    programs.mkdir()
+    crontab = programs / "crontab"
+    crontab.write_text(f"#!/bin/sh\ncat <<'END'\n{scene.opsctl('cron', 'show').stdout}END\n")
+    crontab.chmod(0o755)
+    scene.fleet.env["PATH"] = f"{programs}:{os.environ['PATH']}"
+    daemon = shutil.copy(shutil.which("sleep") or "", programs / "cron")
+    scene.ends.callback(scene.ends.enter_context(subprocess.Popen([daemon, "60"])).kill)
 
 
 STARTS: dict[str, Callable[[Scene], None]] = {
@@ -184,7 +198,8 @@ def scene(server: EmbeddedServer, forking: Forks, place: Path) -> Iterator[Scene
         "WHATSAPP_ADDRESS": "none",
     }
     fleet.seed()
-    yield Scene(fleet, server)
+    with ExitStack() as ends:
+        yield Scene(fleet, server, ends=ends)
     server.restart()
     with Database(server, "postgres").connect() as connection:
         connection.execute("DROP DATABASE IF EXISTS fleet WITH (FORCE)")
