@@ -81,6 +81,7 @@ class Fallback:
             "USER": self.account.name,
             "LOGNAME": self.account.name,
             "LANG": "C.UTF-8",
+            "GIT_OPTIONAL_LOCKS": "0",  # a look at the worktree writes nothing
             **(more or {}),
         }
         account = self.account if os.geteuid() == 0 and self.account.uid != 0 else None

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import os
 import socket
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from opsctl import relocation, services
-from opsctl.errors import HalfDone, OpsctlError, Refused, SettingsError
+from opsctl.errors import HalfDone, OpsctlError, Refused, SettingsError, SourceUnavailable
 from opsctl.operations import fallback as fallback_code
 from opsctl.operations.connecting import Connections, connection_failure, wait_connected
 from opsctl.operations.restore import preview_restore, restore
@@ -37,7 +38,7 @@ from opsctl.stores.switch_record import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
     from contextlib import AbstractContextManager
     from pathlib import Path
 
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
     from opsctl.operations.failback import FailbackWish
     from opsctl.operations.fallback import Fallback
     from opsctl.operations.restore import FindSources, Remaining, Wish
+    from opsctl.operations.sources import Found
     from opsctl.relocation import Relocator
     from opsctl.services import Manager, Service
     from opsctl.settings import Settings
@@ -161,16 +163,11 @@ def _preflight(
         check_root(wish.restore.target, wish.restore.owner)
         definitions = saved()
         fallback_code.require_boots(machine.fallback, machine.relocator.environment(definitions))
-    with journal.step("preflight: sources and space"), wish.limited(), find() as found:
+    with journal.step("preflight: sources and space"), wish.limited(), _found(find) as found:
         choices = found.choices()
         offers = [choice.offers[0] for choice in choices.values() if choice.offers]
         if not offers:
-            said = [f"{one.name}: {one.error.message}" for one in found.lost]
-            raise Refused(
-                f"no source can be used, so the services are left alone: {'; '.join(said)}",
-                kind="no-source",
-                hint="opsctl triage",
-            )
+            raise _no_source("; ".join(f"{one.name}: {one.error.message}" for one in found.lost))
         others = sorted(set(choices) - set(wish.restore.companies)) if wish.restore.companies else []
         if others:
             raise Refused(
@@ -188,6 +185,19 @@ def _preflight(
                 hint=f"df -h {wish.restore.target}",
             )
     return definitions
+
+
+@contextmanager
+def _found(find: FindSources) -> Iterator[Found]:
+    try:
+        with find() as found:
+            yield found
+    except SourceUnavailable as error:
+        raise _no_source(error.message) from None
+
+
+def _no_source(why: str) -> SourceUnavailable:
+    return SourceUnavailable(f"no source can be used, so no service is touched: {why}", hint="opsctl triage")
 
 
 def _require_known(found: Sequence[Service]) -> None:
