@@ -11,6 +11,12 @@ from opsctl.report import Report
 app = typer.Typer(cls=Group, help="The pages for the night: list, show; check any page against this opsctl.")
 
 
+def _names(incomplete: str) -> list[str]:
+    from opsctl.operations.runbooks import pages
+
+    return [page.name for page in pages() if page.name.startswith(incomplete)]
+
+
 @command(
     app,
     "list",
@@ -39,7 +45,10 @@ def list_(ctx: typer.Context) -> Report:
 )
 def show(
     ctx: typer.Context,
-    page: Annotated[str, typer.Argument(metavar="NAME", help="Its name or number, with #SECTION if you like.")],
+    page: Annotated[
+        str,
+        typer.Argument(metavar="NAME", help="Its name or number, with #SECTION if you like.", autocompletion=_names),
+    ],
 ) -> Report:
     """One page, as it is in this version of opsctl."""
     from opsctl.operations.runbooks import show_page

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -11,10 +12,11 @@ import typer.main
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-_HELP = frozenset({"-h", "--help"})
+_HELP = ["-h", "--help"]
 _PLACEHOLDER = re.compile(r"\$.*|[A-Z][A-Z_]*")
 
 
+@cache
 def root() -> Any:  # noqa: ANN401 - Typer keeps the type to itself
     """The whole tree."""
     from opsctl.cli import app
@@ -48,7 +50,7 @@ def problem(words: Sequence[str], typed: bool) -> str | None:
     """
     command, rest, path = root(), list(words), "opsctl"
     while hasattr(command, "commands"):
-        own = {option for param in command.params for option in param.opts} | _HELP
+        own = {option for param in command.params for option in param.opts}.union(_HELP)
         while rest and rest[0] in own:
             if rest.pop(0) in {"--show-completion", "--install-completion"}:
                 del rest[:1]
@@ -59,7 +61,7 @@ def problem(words: Sequence[str], typed: bool) -> str | None:
             return f"there is no command {path} {name}"
         command, path = command.commands[name], f"{path} {name}"
     try:
-        command.make_context(path, [word for word in rest if word not in _HELP])
+        command.make_context(path, [word for word in rest if word not in _HELP], help_option_names=_HELP)
     except typer.TyperException as error:
         return None if _is_allowed(error, rest, typed=typed) else error.format_message().strip()
     return None
@@ -80,7 +82,7 @@ def help_of(name: str, command: Any, *, width: int) -> str:  # noqa: ANN401 - Ty
         info_name=f"opsctl {name}",
         terminal_width=width,
         max_content_width=width,
-        help_option_names=["-h", "--help"],
+        help_option_names=_HELP,
     )
     text: str = command.get_help(context)
     return text
