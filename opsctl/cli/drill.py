@@ -22,6 +22,7 @@ app = typer.Typer(cls=Group, help="A whole disaster, rehearsed on an embedded Po
         "opsctl drill run                              20 companies x 2,317 keys",
         "opsctl drill run --companies 3 --keys 200     a quick one",
         "opsctl drill run --fault frozen               the server answers nobody: from the standby",
+        "opsctl drill run --full --companies 3         there and back, with PM2 and Baileys",
         "opsctl drill run --json",
     ),
 )
@@ -33,6 +34,13 @@ def run(
     fault: Annotated[
         Fault | None, typer.Option("--fault", help="Let the database fail in this way, and restore from what is left.")
     ] = None,
+    full: Annotated[
+        bool, typer.Option("--full", help="Switch a service on real Baileys under PM2, and back. Needs node, npm, git.")
+    ] = False,
+    packages: Annotated[
+        Path | None,
+        typer.Option("--packages", metavar="DIR", help="With --full: take Baileys and PM2 from DIR/node_modules."),
+    ] = None,
     scratch: Annotated[
         Path | None, typer.Option("--scratch", metavar="DIR", help="Where to make and remove everything. Else TMPDIR.")
     ] = None,
@@ -41,9 +49,17 @@ def run(
 
     It measures the restore of the files. What it cannot measure, it says.
     """
+    from opsctl.errors import UsageError
     from opsctl.operations.drill import run_drill
+    from opsctl.operations.drill_full import run_full_drill
 
     invocation: Invocation = ctx.obj
+    if full and fault is not None:
+        raise UsageError("--full has an outage of its own", hint="leave --fault out")
+    if packages is not None and not full:
+        raise UsageError("--packages is of --full", hint="add --full")
+    if full:
+        return run_full_drill(companies=companies, scratch=scratch, packages=packages, journal=invocation.journal)
     return run_drill(
         companies=companies, keys=keys, seed=seed, fault=fault, scratch=scratch, journal=invocation.journal
     )

@@ -27,6 +27,7 @@ async function openDatabase(company) {
 	const { rows } = await pool.query('SELECT creds FROM whatsapp_auth WHERE company_id = $1', [company])
 	if (rows.length === 0) throw new Error(`company ${company} has no credentials`)
 	const store = {
+		broken: false,
 		get: async (type, ids) => {
 			const sql = 'SELECT key_id, value FROM whatsapp_keys WHERE company_id = $1 AND key_type = $2 AND key_id = ANY($3)'
 			const found = await pool.query(sql, [company, type, ids])
@@ -42,6 +43,13 @@ async function openDatabase(company) {
 		}
 	}
 	const sql = 'UPDATE whatsapp_auth SET creds = $2, updated_at = now() WHERE company_id = $1'
+	for (const act of ['get', 'set']) {
+		const real = store[act]
+		store[act] = (...what) => real(...what).catch(error => {
+			store.broken = true
+			throw error
+		})
+	}
 	return { creds: fromText(rows[0].creds), store, saveCreds: creds => pool.query(sql, [company, toText(creds)]) }
 }
 
@@ -76,10 +84,11 @@ async function run(company) {
 	if (company !== process.env.NEVER_CONNECTS) tell({ op: 'login', company })
 
 	async function answer({ number, type, ciphertext }) {
-		if (stopping) return // WhatsApp keeps it
+		if (stopping || store.broken) return // WhatsApp keeps it
 		try {
 			await device.repository.decryptMessage({ jid: contact, type, ciphertext: Buffer.from(ciphertext, 'base64') })
 		} catch (error) {
+			if (store.broken) return say(`company ${company} cannot reach its store`)
 			say(`company ${company} failed to decrypt: ${error.message}`)
 			tell({ op: 'confirm', number, failed: true })
 			return
@@ -90,7 +99,7 @@ async function run(company) {
 		tell({ op: 'write', type: out.type, ciphertext: Buffer.from(out.ciphertext).toString('base64') })
 		if (number % 10 === 0) {
 			creds.accountSyncCounter = (creds.accountSyncCounter ?? 0) + 1
-			await saveCreds(creds)
+			await Promise.resolve(saveCreds(creds)).catch(() => (store.broken = true))
 		}
 	}
 	return async () => {

@@ -160,7 +160,8 @@ const server = createServer(socket => {
 	socket.on('close', () => company?.one(() => company.tell === tell && delete company.tell))
 	const tell = jsonLines(socket, async message => {
 		if (message.op === 'counts') tell([...companies.values()].map(one => one.counts()))
-		else if (message.op === 'silence') tell({ silent: !(writing = false) })
+		else if (message.op === 'silence') tell({ writing: (writing = false) })
+		else if (message.op === 'speak') tell({ writing: (writing = true) })
 		else if (message.op === 'login') {
 			company = companies.get(message.company)
 			company.one(() => company.login(tell))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import shlex
 import shutil
 import subprocess
 from dataclasses import dataclass
@@ -236,6 +237,13 @@ def install(package: Path) -> None:
             return
         subprocess.run([*_npm(), "ci"], cwd=package, check=True, capture_output=True, text=True, timeout=300)
         marker.write_text(wanted)
+
+
+def link_programs(folder: Path) -> None:
+    """Put `node` and `npm` into a folder for a PATH."""
+    (folder / "node").symlink_to(node())
+    (folder / "npm").write_text(f'#!/bin/sh\nexec {shlex.join(_npm())} "$@"\n')
+    (folder / "npm").chmod(0o755)
 
 
 def _npm() -> list[str]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tests.baileys.door import install, node
+from tests.baileys.door import install, link_programs
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -64,7 +64,7 @@ def pm2(user: str | None = None) -> Iterator[Pm2]:
         home = Path(name)
         programs = home / "bin"
         programs.mkdir()
-        (programs / "node").symlink_to(node())
+        link_programs(programs)
         shutil.copy(SERVICE, home)
         if user is not None:  # who may not be able to enter this repository
             packages = Path(shutil.copytree(packages, home / "node_modules", symlinks=True))

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
 HERE = Path(__file__).parent
+"""Where the packages of the drill's programs are installed for tests."""
 PROGRAMS = Path(opsctl.__file__).parent / "drill_service"
 SERVICE = "baileys-whatsapp-service"
 TAG = "emergency-file-fallback-v1"

@@ -55,6 +55,7 @@ VALUES: dict[str, object] = {
     "stays": [False],
     "types": ["x"],
     "updated_at": "2026-01-31",
+    "value": "{}",
 }
 """What a statement's parameters are read as, where it is no text."""
 
