@@ -296,6 +296,8 @@ def _next_lines(wish: Wish, done: Sequence[CompanyRow]) -> list[str]:
     return [
         f"opsctl sessions verify {target}",
         *first,
+        "# by hand from here on; where `opsctl switch prepare` was done, in one line:",
+        "opsctl sessions restore --switch",
         "# in the service's .env: USE_REPOSITORY_PATTERN=false,",
         "#   USE_DATABASE_AUTH_STATE=false, USE_LEGACY_SUPABASE=false",
         "pm2 restart baileys-whatsapp-service --update-env",

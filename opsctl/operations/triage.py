@@ -255,10 +255,19 @@ def _lines(advice: Advice, verdict: Sight, view: View) -> list[str]:
         "pid": verdict.pid or "PID",
         "role": address.get("user") or "ROLE",
     }
+    wanted = advice.lines
+    if wanted[-len(_RESTORE) :] == _RESTORE and _can_switch(view):
+        wanted = (*wanted[: -len(_RESTORE)], "opsctl sessions restore --switch")
     filled: list[str] = []
-    for line in advice.lines:
+    for line in wanted:
         filled += several[line] if line in several else [line.format(**words)]
     return filled
+
+
+def _can_switch(view: View) -> bool:
+    """Whether the services can be moved from here, as far as the settings say."""
+    fallback = view.settings["FALLBACK_DIR"]
+    return view.manager is not None and fallback is not None and (fallback / ".git").exists()
 
 
 def _repair_line(verdict: Sight) -> str:

@@ -27,6 +27,7 @@ from tests.integration.fleet import FIRST, Fleet
 from tests.integration.test_cleanup import OLD_SESSIONS
 from tests.integration.test_database_deadlines import tcp_url
 from tests.integration.test_restore_damage import VALUE, damage
+from tests.integration.test_switch_faults import Scene as SwitchScene
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -46,6 +47,7 @@ class Scene:
 
     fleet: Fleet
     server: EmbeddedServer
+    forking: Forks
     typed: list[tuple[Line, Finished]] = field(default_factory=list)
     ends: ExitStack = field(default_factory=ExitStack)
 
@@ -142,6 +144,22 @@ def deployed(scene: Scene) -> None:
     scene.ends.callback(scene.ends.enter_context(subprocess.Popen([daemon, "60"])).kill)
 
 
+def services_running(scene: Scene) -> None:
+    """Two services under commands of the operator's, and a repository with the tag."""
+    installed = SwitchScene(scene.fleet, scene.forking)
+    installed.install()
+    scene.fleet.env |= installed.env
+    scene.ends.callback(installed.kill)
+
+
+def server_stopped(scene: Scene) -> None:
+    scene.server.stop()
+
+
+def server_restarted(scene: Scene) -> None:
+    scene.server.restart()
+
+
 STARTS: dict[str, Callable[[Scene], None]] = {
     "1-postgresql-unreachable": server_gone,
     "2-corrupted-session-data": corrupted,
@@ -152,6 +170,7 @@ STARTS: dict[str, Callable[[Scene], None]] = {
     "deployment-checks": deployed,
     "first-five-minutes": server_gone,
     "game-day": in_peacetime,
+    "switch-and-failback": services_running,
 }
 ACTS: dict[tuple[str, str], Callable[[Scene], None]] = {
     ("1-postgresql-unreachable", "The service has run on the folders"): server_back,
@@ -159,6 +178,8 @@ ACTS: dict[tuple[str, str], Callable[[Scene], None]] = {
     ("2-corrupted-session-data", "Undecryptable messages"): readable_again,
     ("3-accidental-deletion", "Tables are gone, or most of the rows"): tables_dropped,
     ("4-complete-loss", "Way back"): new_database,
+    ("switch-and-failback", "The lines to type"): server_stopped,
+    ("switch-and-failback", "Way back"): server_restarted,
 }
 
 
@@ -199,7 +220,7 @@ def scene(server: EmbeddedServer, forking: Forks, place: Path) -> Iterator[Scene
     }
     fleet.seed()
     with ExitStack() as ends:
-        yield Scene(fleet, server, ends=ends)
+        yield Scene(fleet, server, forking, ends=ends)
     server.restart()
     with Database(server, "postgres").connect() as connection:
         connection.execute("DROP DATABASE IF EXISTS fleet WITH (FORCE)")

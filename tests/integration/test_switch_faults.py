@@ -113,7 +113,7 @@ class Scene:
             self.env[f"SERVICE_{name.upper()}_COMMAND"] = str(path)
 
     def install(self) -> None:
-        self.app.mkdir()
+        self.app.mkdir(exist_ok=True)
         companies = f"{FIRST} {SECOND}"
         for name, text in (("service.sh", SERVICE), ("boot.sh", BOOT)):
             (self.app / name).write_text(text.replace("{place}", str(self.place)).replace("{companies}", companies))
@@ -183,6 +183,11 @@ class Scene:
     def pids(self) -> list[str]:
         return [path.read_text() for path in sorted(self.place.glob("pid.*"))]
 
+    def kill(self) -> None:
+        for pid in self.pids():
+            with suppress(OSError, ValueError):
+                os.kill(int(pid), signal.SIGKILL)
+
     def on_database(self) -> None:
         """The services run on the database, and no switch is on record."""
         assert self.runs_in() == [self.app, self.app]
@@ -214,9 +219,7 @@ def unprepared(fleet: Fleet, forking: Forks) -> Iterator[Scene]:
     scene = Scene(fleet, forking)
     scene.install()
     yield scene
-    for pid in scene.pids():
-        with suppress(OSError, ValueError):
-            os.kill(int(pid), signal.SIGKILL)
+    scene.kill()
 
 
 @pytest.fixture
