@@ -21,11 +21,12 @@ from opsctl.errors import DatabaseUnavailable, Locked, OpsctlError, Refused, Sou
 from opsctl.operations.restore_report import CompanyRow, Result, Telling, staged_row
 from opsctl.operations.sources import Kind, count_reasons, moment
 from opsctl.stores.folder import Holding, opened, read_file
+from opsctl.stores.lanes import ABORT, END
 from opsctl.stores.publishing import Owner, check_root, locked_root, readable_root
 from opsctl.stores.records import Origin
 from opsctl.stores.staging import Order, Staged
 from opsctl.stores.switch_record import read_switch
-from opsctl.stores.writers import ABORT, END, Aborted, Adopt, Advanced, Compared, Workplace, Writers
+from opsctl.stores.writers import Aborted, Adopt, Advanced, Compared, Workplace, Writers
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping

@@ -4,27 +4,21 @@ Why processes: writing a small file costs as much in the kernel as in the interp
 one core. Why dropped privileges: files are then born with the right owner, are read back as the user who will read
 them, and nothing that user has put in the way can make root follow it.
 
-The parent reads the database and deals whole companies; a company's rows never change hands. Each writer has a queue of
-bounded size, so memory does not grow with the fleet.
+After an `Order`, a writer takes frames of rows in COPY's text format, and `END` or `ABORT` after them.
 """
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
-import gc
-import multiprocessing
 import os
 import queue
-import signal
-import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
 
 from opsctl.errors import OpsctlError, Refused, SourceUnavailable
-from opsctl.signals import held_back
 from opsctl.stores.folder import Contents, Holding, contents, opened
+from opsctl.stores.lanes import ABORT, END, Failed, Lane, Lanes, die_with_parent
 from opsctl.stores.postgres import parse_rows
 from opsctl.stores.records import ManifestDamaged
 from opsctl.stores.staging import CompanyWriter, CopyDamaged, Order, Staged, check_written, take_over
@@ -32,25 +26,9 @@ from opsctl.stores.staging import CompanyWriter, CopyDamaged, Order, Staged, che
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
     from multiprocessing.connection import Connection
-    from multiprocessing.process import BaseProcess
     from pathlib import Path
 
     from opsctl.stores.publishing import Owner
-
-_QUEUE_CHUNKS = 16
-"""Per writer: 4 MiB of rows read ahead, a handful of ordinary companies."""
-MOST_WRITERS = 3
-"""With a company of 100,000 keys each, all of opsctl takes 195 MiB; the parent and PostgreSQL need cores too."""
-_LOOK_S = 0.5
-"""How often a waiting thread looks whether its writer is gone."""
-_PR_SET_PDEATHSIG = 1  # sys/prctl.h
-
-
-# After an `Order`, a writer takes frames of bytes: rows in COPY's text format, and one of these two at the end. No row
-# looks like them, because a row ends with a newline.
-END = b"end"
-ABORT = b"abort"
-"""The source failed in the middle of the company: forget it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,14 +86,6 @@ class Aborted:
     damage: str
 
 
-@dataclass(frozen=True, slots=True)
-class Failed:
-    """A writer could not go on: an errno, or a bug's kind and place."""
-
-    code: int | None
-    what: str
-
-
 Reply = Advanced | Staged | Compared | Aborted | Failed
 
 
@@ -131,39 +101,23 @@ class Workplace:
 
 
 class Writers:
-    """The pool, as a context manager. Must be entered before any thread or connection exists: it forks."""
+    """The pool, as a context manager. It forks."""
 
-    def __init__(self, workplace: Workplace, *, count: int | None = None) -> None:
+    def __init__(self, workplace: Workplace) -> None:
         self._workplace = workplace
-        self._count = count or max(1, min(MOST_WRITERS, len(os.sched_getaffinity(0))))
-        self._lanes: list[Lane] = []
-        self.replies: queue.SimpleQueue[Reply] = queue.SimpleQueue()
+        self._lanes = Lanes(self._serve)
+        self.replies = self._lanes.replies
 
     def __enter__(self) -> Self:
-        try:
-            with held_back():
-                self._fork()
-        except BaseException:
-            self.__exit__()
-            raise
+        self._lanes.__enter__()
         return self
 
-    def _fork(self) -> None:
-        context = multiprocessing.get_context("fork")
-        pipes = [context.Pipe() for _ in range(self._count)]
-        for ours, theirs in pipes:
-            others = [end for pipe in pipes for end in pipe if end is not theirs]
-            process = context.Process(target=_work, args=(theirs, others, self._workplace), daemon=True)
-            process.start()
-            self._lanes.append(Lane(ours, process, self.replies))
-        for lane, (_, theirs) in zip(self._lanes, pipes, strict=True):
-            theirs.close()
-            lane.start()
-
     def __exit__(self, *_: object) -> None:
-        with held_back():
-            for lane in self._lanes:
-                lane.stop()
+        self._lanes.__exit__()
+
+    def _serve(self, connection: Connection[Any, Any]) -> None:
+        _become(self._workplace.owner)
+        _Writer(connection, self._workplace).run()
 
     @property
     def previewing(self) -> bool:
@@ -172,19 +126,19 @@ class Writers:
 
     def begin(self, order: Order | Adopt) -> Lane:
         """The least busy writer, with the company begun; after an `Order` its rows follow."""
-        lane = min(self._lanes, key=lambda lane: lane.waiting)
+        lane = self._lanes.least_busy()
         lane.put(order)
         return lane
 
     def verify(self, staged: Iterable[Staged]) -> None:
         """Deal the staged companies out for reading back."""
         for index, company in enumerate(staged):
-            self._lanes[index % self._count].put(Verify(company.company_id, company.folder))
+            self._lanes[index].put(Verify(company.company_id, company.folder))
 
     def wait(self, remaining: Callable[[], float | None]) -> Reply:
         """The next reply. Raises what a failed writer means, or `SourceUnavailable` past the deadline."""
         try:
-            reply = self.replies.get(timeout=remaining())
+            reply: Reply = self.replies.get(timeout=remaining())
         except queue.Empty:
             raise SourceUnavailable(
                 "the files were not written before the deadline",
@@ -209,94 +163,6 @@ def _failure(failed: Failed, workplace: Workplace) -> OpsctlError:
     return OpsctlError(f"writing the files failed: {failed.what}")
 
 
-class Lane:
-    """One writer process seen from the parent: a bounded queue to it, a thread each way."""
-
-    def __init__(
-        self, connection: Connection[Any, Any], process: BaseProcess, replies: queue.SimpleQueue[Reply]
-    ) -> None:
-        self._connection = connection
-        self._process = process
-        self._replies = replies
-        self._queue: queue.Queue[bytes | Order | Adopt | Verify] = queue.Queue(_QUEUE_CHUNKS)
-        self._gone = threading.Event()
-
-    @property
-    def waiting(self) -> int:
-        return self._queue.qsize()
-
-    def start(self) -> None:
-        threading.Thread(target=self._feed, daemon=True).start()
-        threading.Thread(target=self._collect, daemon=True).start()
-
-    def put(self, message: bytes | Order | Adopt | Verify) -> None:
-        """Hand a message over; waits while the writer is behind. A writer that is gone has already replied `Failed`."""
-        while not self._gone.is_set():
-            with contextlib.suppress(queue.Full):
-                self._queue.put(message, timeout=_LOOK_S)
-                return
-
-    def stop(self) -> None:
-        """End the writer. Its threads end by themselves, and with them the connection.
-
-        They are not waited for, nor is their queue touched: a signal that was raised in the middle of `put` has left
-        the queue's lock behind it, taken for ever.
-        """
-        self._gone.set()
-        self._process.kill()
-        self._process.join()
-
-    def _feed(self) -> None:
-        with contextlib.suppress(OSError, ValueError):
-            while not self._gone.is_set():
-                try:
-                    message = self._queue.get(timeout=_LOOK_S)
-                except queue.Empty:
-                    continue
-                if isinstance(message, bytes):
-                    self._connection.send_bytes(message)
-                else:
-                    self._connection.send(message)
-
-    def _collect(self) -> None:
-        try:
-            while True:
-                self._replies.put(self._connection.recv())
-        except (EOFError, OSError):
-            if not self._gone.is_set():
-                self._gone.set()
-                self._replies.put(Failed(None, "a writer process was killed"))
-
-
-def _work(connection: Connection[Any, Any], others: list[Connection[Any, Any]], workplace: Workplace) -> None:
-    """A writer process, from birth to the end of its stream."""
-    for other in others:
-        other.close()  # else a writer would keep its siblings' streams open after the parent is gone
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent answers Ctrl-C
-    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGALRM):
-        signal.signal(number, signal.SIG_DFL)
-    gc.disable()  # a writer makes no cycles, and collecting through 100,000 entries costs a tenth of its time
-    try:
-        _become(workplace.owner)
-        _Writer(connection, workplace).run()
-    except EOFError:
-        pass
-    except OSError as error:
-        _last_word(connection, Failed(error.errno, error.strerror or type(error).__name__))
-    except Exception as error:  # noqa: BLE001 - its message could hold a key; the parent reports the bug
-        trace = error.__traceback__
-        while trace is not None and trace.tb_next is not None:
-            trace = trace.tb_next
-        where = f"{trace.tb_frame.f_code.co_filename.rpartition('/')[2]}:{trace.tb_lineno}" if trace else "?"
-        _last_word(connection, Failed(None, f"{type(error).__name__} at {where}"))
-    os._exit(0)  # nothing of the parent's is to be flushed or finalised twice
-
-
-def _last_word(connection: Connection[Any, Any], failed: Failed) -> None:
-    with contextlib.suppress(OSError):
-        connection.send(failed)
-
-
 def _become(owner: Owner) -> None:
     os.umask(0o077)
     if os.geteuid() == 0 and owner.uid != 0:
@@ -306,8 +172,7 @@ def _become(owner: Owner) -> None:
             os.setgroups([])
         os.setresgid(owner.gid, owner.gid, owner.gid)
         os.setresuid(owner.uid, owner.uid, owner.uid)
-    # After the change of user, which clears it (prctl(2)): a killed parent takes its writers with it.
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    die_with_parent()
 
 
 class _Comparison:

@@ -266,7 +266,7 @@ writers.Writers.begin = begin
 """
     done = site.forked("B", before=killing)
     assert done.returncode == done.json()["exit_code"] == 70
-    assert "a writer process was killed" in done.json()["error"]["message"]
+    assert "one of its processes was killed" in done.json()["error"]["message"]
     assert set(every_folder_is_whole(site, versions).values()) == {"A"}
     assert site.left() == []
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from opsctl.operations.fleet import seed_fleet
-from opsctl.stores.writers import MOST_WRITERS
+from opsctl.stores.lanes import MOST_LANES
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -102,7 +102,7 @@ def test_two_hundred_companies_take_no_more_than_200_mib(database: Database, tar
 def test_as_many_companies_of_100_000_keys_as_there_can_be_writers_take_no_more_than_200_mib(
     database: Database, target: Path
 ) -> None:
-    seed(database, MOST_WRITERS, 2317)
+    seed(database, MOST_LANES, 2317)
     ordinary = restore(database, target)
     # Half of 100,000 keys, because of the time: what they add to a production company counts twice. The whole is
     # restored by benchmarks/growth.py.
@@ -121,6 +121,6 @@ def test_as_many_companies_of_100_000_keys_as_there_can_be_writers_take_no_more_
     for counter in (1, 2):  # the second one is compared with what stands there
         database.execute(f"UPDATE whatsapp_auth SET creds = creds || '{{\"accountSyncCounter\": {counter}}}'")
         peak = restore(database, target)
-        assert len(peak.writers) == MOST_WRITERS
+        assert len(peak.writers) == MOST_LANES
         grown = peak.together - ordinary.together
         assert ordinary.together + grown * 100_000 / fewest <= LIMIT_MIB, peak
