@@ -6,7 +6,6 @@ back as the folder has it is never committed.
 
 from __future__ import annotations
 
-import gc
 import os
 import shlex
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -18,11 +17,12 @@ from typing import TYPE_CHECKING, Any
 
 import orjson
 
-from opsctl.baileys import buffers, credentials
+from opsctl.baileys import buffers
 from opsctl.baileys.filenames import UnwritableName, folder_name, is_company_id
 from opsctl.baileys.key_types import shown_key_id
-from opsctl.errors import DatabaseUnavailable, Locked, OpsctlError, Refused, SourceUnavailable
-from opsctl.operations.sides import CompanyPlan, Sides, as_text, identity
+from opsctl.errors import Locked, OpsctlError, Refused, SourceUnavailable
+from opsctl.operations.comparison import Terms, compared
+from opsctl.operations.sides import CompanyPlan, as_text, identity
 from opsctl.operations.three_way import WRITTEN, Action, Prefer
 from opsctl.report import Column, Failure, Report
 from opsctl.stores import keys
@@ -36,16 +36,15 @@ from opsctl.stores.staging import Warnings
 from opsctl.stores.switch_record import clear_switch
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Collection, Iterator, Sequence
     from contextlib import AbstractContextManager
     from pathlib import Path
 
     from opsctl.baileys.buffers import StoredForm
-    from opsctl.baileys.credentials import Credentials
     from opsctl.db import Connection
     from opsctl.journal import Journal
     from opsctl.stores.archive import Archive
-    from opsctl.stores.postgres import Creds, Fingerprint, Server, Snapshot
+    from opsctl.stores.postgres import Fingerprint, Server, Snapshot
     from opsctl.stores.publishing import SessionsRoot
     from opsctl.stores.records import Origin
     from opsctl.stores.rewriting import Rewriting
@@ -154,7 +153,6 @@ class _FleetPlan:
     wish: FailbackWish
     server: Server
     companies: list[CompanyPlan] = field(default_factory=list)
-    fingerprints: dict[str, Fingerprint] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     facts: dict[str, Any] = field(default_factory=dict)
 
@@ -232,7 +230,7 @@ class Failback:
                 opened(company.folder, dir_fd=self._root.fd) as folder_fd,
                 rewriting(connection, archive, company.company) as rows,
             ):
-                require_unwritten(rows, self._plan.fingerprints[company.company])
+                require_unwritten(rows, company.fingerprint)
                 _write(rows, company, folder_fd)
         except NotVerified as error:
             return _row(company, Result.NOT_VERIFIED, error.message)
@@ -322,10 +320,10 @@ def _plan(open_snapshot: OpenSnapshot, root_fd: int, wish: FailbackWish, journal
             "system_identifier": server.system_identifier,
             "timeline": server.timeline,
         }
-        with journal.step("compare files and rows", total=len(folders)) as advance, _no_collecting():
-            for done, (name, origin) in enumerate(folders, 1):
-                plan.companies.append(_company_plan(snapshot, root_fd, name, origin, plan, set(tenants)))
-                advance(done)
+        with journal.step("compare files and rows", total=len(folders)) as advance:
+            asked = [(_asked_for(name, origin, wish, tenants), origin) for name, origin in folders]
+            terms = Terms(server, wish.prefer, wish.form, wish.new_identities)
+            plan.companies = compared(snapshot, root_fd, asked, terms, advance)
     planned = {company.company for company in plan.companies}
     missing = sorted(c for c, t in tenants.items() if t.has_creds and c not in planned)
     if missing and not wish.companies:
@@ -334,16 +332,6 @@ def _plan(open_snapshot: OpenSnapshot, root_fd: int, wish: FailbackWish, journal
             + ", ".join(map(ascii, missing[:5]))
         )
     return plan
-
-
-@contextmanager
-def _no_collecting() -> Iterator[None]:
-    """Without the garbage collector: hundreds of thousands of tuples and no cycles cost it a sixth of the time."""
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
 
 
 def _company_folders(root_fd: int) -> list[tuple[str, Origin | None]]:
@@ -385,31 +373,16 @@ def _folder_of(company: str) -> str:
         raise Refused(str(error), hint="opsctl sessions list") from None
 
 
-def _company_plan(
-    snapshot: Snapshot, root_fd: int, name: str, origin: Origin | None, fleet: _FleetPlan, known: set[str]
-) -> CompanyPlan:
-    wish = fleet.wish
+def _asked_for(name: str, origin: Origin | None, wish: FailbackWish, known: Collection[str]) -> CompanyPlan:
+    """Which company's folder this is, and whether it may be looked at at all."""
     plan = CompanyPlan(company=origin.company_id if origin else name, folder=name)
     plan.refused = _why_not_ours(name, origin, wish)
-    if plan.refused is not None:
-        return plan
-    if origin is None:
+    if plan.refused is None and origin is None:
         ids = [company for company in _ids_of(name) if company in known] or _ids_of(name)[:1]
-        if len(ids) != 1:
+        if len(ids) == 1:
+            plan.company = ids[0]
+        else:
             plan.refused = f"the companies {' and '.join(ids)} of the database would both have this folder"
-            return plan
-        plan.company = ids[0]
-    try:
-        with opened(name, dir_fd=root_fd) as fd, snapshot.company():
-            _compare(snapshot, fd, origin, plan, fleet)
-    except DatabaseUnavailable as error:
-        if error.kind != "corrupt":
-            raise
-        plan.refused = error.message
-    except ManifestDamaged as error:
-        plan.refused = f"its manifest is damaged: {error}; --adopt brings it back without one, and deletes nothing"
-    except OSError as error:
-        plan.refused = f"it cannot be read: {error.strerror}"
     return plan
 
 
@@ -434,66 +407,7 @@ def _ids_of(name: str) -> list[str]:
     return [company for company in (name.removeprefix("company_"), name) if company]
 
 
-def _compare(snapshot: Snapshot, folder_fd: int, origin: Origin | None, plan: CompanyPlan, fleet: _FleetPlan) -> None:
-    wish, server, company = fleet.wish, fleet.server, plan.company
-    sides = Sides(folder_fd, origin)
-    if origin is not None and origin.returned is not None and origin.returned.digest == sides.digest:
-        plan.returned_by = origin.returned.run_id
-        return
-    fleet.fingerprints[company] = snapshot.fingerprint(company)
-    creds = snapshot.creds(company)
-    for lines in snapshot.key_rows(company):
-        sides.take(lines)
-    plan.refused, may_delete = _account(sides, origin, creds, plan, accepted=company in wish.new_identities)
-    if plan.refused is None:
-        sides.decide(
-            plan,
-            creds,
-            another_server=origin is not None and _is_another(server, origin),
-            may_delete=may_delete,
-            prefer=wish.prefer,
-            form=wish.form,
-        )
-
-
-def _is_another(server: Server, origin: Origin) -> bool:
-    """Whether the copy was taken from another server or timeline; False also where one of them is not known."""
-    if None in {server.system_identifier, origin.system_identifier}:
-        return False
-    return (server.system_identifier, server.timeline) != (origin.system_identifier, origin.timeline)
-
-
-def _account(
-    sides: Sides, origin: Origin | None, creds_row: Creds | None, plan: CompanyPlan, *, accepted: bool
-) -> tuple[str | None, bool]:
-    """Why the folder may not be brought back into these rows, and whether what it lost may be deleted there."""
-    published = origin.me_sha256 if origin else None
-    in_row = credentials.examine(buffers.normalise(creds_row.creds.encode()).data) if creds_row else None
-    theirs = _fingerprint(in_row) if in_row else None
-    if in_row:
-        plan.me_ids = (in_row.me_id, in_row.me_lid)
-    if sides.creds is None:
-        unsure = (
-            f"its creds.json is {sides.creds_damage}, and nothing proves that its keys are the database's account's"
-        )
-        proven = published is not None and theirs == published and not sides.published_pre_key_changed
-        return (None if proven else unsure), False
-    examined = credentials.examine(sides.creds)
-    ours = _fingerprint(examined)
-    plan.me_ids = (*plan.me_ids, examined.me_id, examined.me_lid)
-    if not examined.registered and (theirs or published):
-        return "its creds.json is not registered any more: a new pairing was begun and not finished", False
-    if not accepted and {theirs, published} - {ours, None}:
-        whose = "the database's" if theirs not in {ours, None} else "what was published"
-        return f"its account is not {whose}: it was paired anew; --new-identity ID brings it back all the same", False
-    return None, published is not None and examined.registered and ours == published and theirs in {ours, None}
-
-
-def _fingerprint(examined: Credentials) -> str | None:
-    return credentials.me_fingerprint(examined.me_id) if examined.me_id else None
-
-
-def require_unwritten(rows: Rewriting, fingerprint: Fingerprint) -> None:
+def require_unwritten(rows: Rewriting, fingerprint: Fingerprint | None) -> None:
     """Raises `Refused` where a row of the company was written since its change was planned."""
     if rows.fingerprint != fingerprint:
         raise Refused("its rows were written while it was planned; is the service stopped?")

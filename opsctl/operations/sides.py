@@ -32,7 +32,7 @@ from opsctl.stores.postgres import parse_row
 from opsctl.stores.records import CREDS_TYPE, row_digest
 
 if TYPE_CHECKING:
-    from opsctl.stores.postgres import Creds
+    from opsctl.stores.postgres import Creds, Fingerprint
     from opsctl.stores.records import FileEntry, Origin
 
 DATABASE = "database"
@@ -66,6 +66,8 @@ class CompanyPlan:
 
     company: str
     folder: str
+    fingerprint: Fingerprint | None = None
+    """Of its rows when they were compared."""
     refused: str | None = None
     """Why nothing of it may be written."""
     returned_by: str | None = None
