@@ -25,6 +25,7 @@ _PROGRAMS = {
     "tmux": "tmux",
     "psmisc": "fuser",
     "cron": "crontab",
+    "systemd": "systemd-analyze",
 }
 
 

@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
     from types import FrameType
 
-    from opsctl.jobs import Job
     from opsctl.notify import Notices
     from opsctl.settings import Settings
     from opsctl.stores.postgres import Snapshot
@@ -318,6 +317,8 @@ class _Frame:
         from opsctl.jobs import job_of
 
         self.job = job_of(run.command, run.options)
+        self.watched_job = None if sys.stdin.isatty() or sys.stderr.isatty() else self.job
+        """Nobody has to watch what a person runs and sees."""
         self.notices: Notices | None = None
         run.emit = self._emit
 
@@ -339,7 +340,7 @@ class _Frame:
             if run.plugin:
                 return _deliver_to_plugin_host(ending.report)
             return _deliver(ending, json=False, quiet=run.quiet, verbose=run.verbose)
-        finally:  # nobody waits for the answer until others have been told
+        finally:  # others are told when the answer is there, which never waits for them
             with _never_in_the_way("reported"):
                 self._notify(ending)
 
@@ -405,21 +406,20 @@ class _Frame:
         )
 
     def _begin(self) -> None:
-        """Tell those who watch the job that it has begun. Nobody watches what a person runs and sees."""
-        if self.job is None or sys.stdin.isatty() or sys.stderr.isatty():
-            return
-        self.notices = self._new_notices(self.job)
+        """Tell those who watch the job that it has begun."""
+        if self.watched_job:
+            self.notices = self._new_notices()
         if self.notices:
             self.notices.begin()
 
-    def _new_notices(self, job: Job | None) -> Notices | None:
+    def _new_notices(self) -> Notices | None:
         """None where there is nobody to tell."""
         settings = self._settings()
         if settings is None or not any(settings[name] for name in _RECEIVERS):
             return None
         from opsctl.notify import Notices
 
-        return Notices(settings, job)
+        return Notices(settings, self.watched_job)
 
     def _settings(self) -> Settings | None:
         try:
@@ -430,24 +430,24 @@ class _Frame:
     def _compared(self, report: Report) -> Report:
         """With a warning for each way in which this run of a job is unlike the last ones."""
         settings = self._settings()
-        if self.job is None or settings is None:
+        if self.watched_job is None or settings is None:
             return report
         from opsctl.jobs import unusual
         from opsctl.state import State
 
-        warnings = tuple(unusual(self.job, State(settings.state_dir), report, seconds_since_start()))
+        warnings = tuple(unusual(self.watched_job, State(settings.state_dir), report, seconds_since_start()))
         return replace(report, warnings=(*report.warnings, *warnings), noteworthy=True) if warnings else report
 
     def _keep(self, ending: Ending) -> None:
-        if ending.rto is None and self.job is None:
+        if ending.rto is None and self.watched_job is None:
             return
         from opsctl.state import State
 
         state = State(self.invocation.raw_settings.state_dir)
-        if self.job:
+        if self.watched_job:
             from opsctl.jobs import remember
 
-            remember(self.job, state, ending)
+            remember(self.watched_job, state, ending)
         if ending.rto is None:
             return
         state.append(
@@ -468,7 +468,7 @@ class _Frame:
 
     def _notify(self, ending: Ending) -> str | None:
         """Tell others, also what earlier runs could not; gives the id of the event that Sentry has taken."""
-        notices = self.notices or self._new_notices(None)
+        notices = self.notices or self._new_notices()
         if notices is None:
             return None
         alarming = ending.exit_code in {1, 4, 6, 70} or (ending.exit_code in {3, 5} and not sys.stderr.isatty())

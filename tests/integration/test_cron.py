@@ -280,7 +280,7 @@ def test_a_clock_that_is_put_forward_is_warned_of() -> None:
 
 
 @in_a_mount_namespace
-@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason=needs.NOT_PROVEN + "what needs systemd-analyze")
+@needs.debian("systemd")
 def test_systemd_finds_no_fault_in_the_units(machine: Machine) -> None:
     units = machine.folder / "units"
     units.mkdir()

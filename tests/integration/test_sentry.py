@@ -354,7 +354,7 @@ def test_an_endpoint_that_hangs_adds_two_seconds_at_most_and_changes_nothing(
 ) -> None:
     with endpoint() as dsn:
         added = added_seconds(run, "restore", dsn=dsn)
-    assert 1.0 < added <= 2.0
+    assert 0.5 < added <= 2.0
     assert spooled(state)
 
 
@@ -371,7 +371,7 @@ def test_the_answer_is_printed_before_anybody_else_is_told(
                 assert process.poll() is None
             told = time.monotonic()
             assert process.wait() == 4
-            assert time.monotonic() - told > 1.0
+            assert time.monotonic() - told > 0.5
 
 
 def test_a_resolver_that_hangs_adds_two_seconds_at_most(run: Callable[..., Finished], tmp_path: Path) -> None:
@@ -390,7 +390,7 @@ def test_a_resolver_that_hangs_adds_two_seconds_at_most(run: Callable[..., Finis
         before = ("unshare", "-m", "sh", "-c", mounted, "sh")
         added = added_seconds(run, "restore", dsn="http://k@sentry.example.com/1", before=before)
         assert silent.recv(512)  # it was asked
-    assert 1.0 < added <= 2.0
+    assert 0.5 < added <= 2.0
 
 
 def test_an_endpoint_that_refuses_or_fails_costs_no_waiting(run: Callable[..., Finished], recorder: Recorder) -> None:
