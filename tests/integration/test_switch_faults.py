@@ -647,6 +647,65 @@ def test_killed_anywhere_on_the_way_back_the_same_line_ends_it(switched: Scene) 
     assert switched.run("sessions", "verify", "--against", "database").returncode == 0
 
 
+BEFORE_THE_WORD = """
+import os, signal
+import opsctl.operations.switch_back as operation
+real = operation.write_switch
+def write(own_fd, record):
+    if record.phase == operation.Phase.RETURNED:
+        os.kill(os.getpid(), signal.SIGKILL)
+    real(own_fd, record)
+operation.write_switch = write
+"""
+
+
+def test_rows_that_are_back_and_folders_that_live_on_are_brought_back_again(switched: Scene) -> None:
+    assert switched.failback(before=BEFORE_THE_WORD).returncode == -signal.SIGKILL
+    assert switched.phase() == Phase.RETURNING
+    assert switched.switch().returncode == 0
+    switched.on_folders()
+    session = next((switched.sessions / f"company_{FIRST}").glob("session-*.json"))
+    session.write_text(session.read_text().replace('"version":"v2"', '"version":"v3"'))
+    time.sleep(0.01)
+    done = switched.failback()
+    assert done.returncode == 0, done
+    switched.on_database()
+    assert switched.run("sessions", "verify", "--against", "database").returncode == 0
+
+
+IN_THE_MIDDLE_OF_ROWS = """
+import os, signal
+import opsctl.operations.failback as failback
+real, companies = failback.check_rows, []
+def check(*words):
+    real(*words)
+    companies.append(1)
+    if len(companies) == {number}:
+        os.kill(os.getpid(), signal.SIGKILL)  # written and read back, and not yet committed
+failback.check_rows = check
+"""
+
+
+def test_killed_in_the_middle_of_a_failback_the_database_has_whole_companies_and_a_rerun_ends_it(
+    switched: Scene,
+) -> None:
+    for company in (FIRST, SECOND):
+        for path in (switched.sessions / f"company_{company}").glob("session-*.json"):
+            path.write_text(path.read_text().replace('"version":"v1"', '"version":"v2"'))
+    rows = "SELECT company_id, count(*) FROM whatsapp_keys WHERE value->>'version' = 'v2' GROUP BY 1"
+    sessions = {c: len(list((switched.sessions / f"company_{c}").glob("session-*.json"))) for c in (FIRST, SECOND)}
+    seen = []
+    for number in (1, 2):
+        killed = switched.failback(before=IN_THE_MIDDLE_OF_ROWS.replace("{number}", str(number)))
+        assert killed.returncode == -signal.SIGKILL, killed
+        seen.append(dict(switched.fleet.database.execute(rows)))
+    assert seen == [{}, {FIRST: sessions[FIRST]}]
+    done = switched.failback()
+    assert done.returncode == 0, done
+    assert dict(switched.fleet.database.execute(rows)) == sessions
+    switched.on_database()
+
+
 def test_killed_on_the_way_back_before_the_rows_are_back_the_services_can_go_on_on_the_folders(switched: Scene) -> None:
     assert switched.failback(before=kill_at(1, module="switch_back")).returncode == -signal.SIGKILL
     assert switched.switch().returncode == 0
