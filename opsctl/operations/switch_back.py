@@ -157,11 +157,7 @@ class _Back:
     def _leave(self) -> Report:
         """The rows are back: services as they were before the switch, started on PostgreSQL."""
         if "definitions" not in self.before:
-            raise HalfDone(
-                "the rows are back, and what the services were before the switch is not known any more",
-                kind="half-switched",
-                hint="start them on PostgreSQL by hand, from the code that they had",
-            )
+            return self._started_by_hand()
         manager, relocator = self.machine.manager, self.machine.relocator
         with self.journal.step("stop the services" if self.rows_report is None else "the services are stopped"):
             looked = services.status(manager)
@@ -191,6 +187,18 @@ class _Back:
         failure = connection_failure(found)
         summary = f"on PostgreSQL again: {len(found.seconds)} of {len(found.companies)} companies are connected"
         return self._ended(summary, failure, missing=found.missing)
+
+    def _started_by_hand(self) -> Report:
+        """Where what the services were is lost, a person starts them; then the record can go."""
+        looked = services.status(self.machine.manager)
+        if self._elsewhere(looked) or not all(service.state is State.RUNNING for service in looked):
+            raise HalfDone(
+                "the rows are back, and what the services were before the switch is not known any more",
+                kind="half-switched",
+                hint="start them on PostgreSQL by hand, from the code that they had, then type this again",
+            )
+        clear_switch(self.root.own_fd)
+        return self._ended("the services were started on PostgreSQL by hand", None)
 
     def _elsewhere(self, looked: tuple[Service, ...]) -> str | None:
         """The first process that still runs the fallback code."""

@@ -11,6 +11,7 @@ from opsctl.errors import Refused, SettingsError
 from opsctl.operations.fallback import fallback_of
 from opsctl.report import Column, Failure, Report
 from opsctl.services import State
+from opsctl.stores.publishing import working_on
 from opsctl.stores.switch_record import Phase, read_switch
 
 if TYPE_CHECKING:
@@ -62,6 +63,8 @@ def switch_status(settings: Settings) -> Report:
     rows = [_row(service, move) for service in looked]
     owner = "database" if record is None or not record.folders_are_the_truth else "folders"
     trouble, next_lines = _read_together(record, rows, manager)
+    if record is not None and (holder := working_on(sessions_dir)):
+        trouble, next_lines = f"somebody works on it: {record.phase} ({holder})", ["opsctl switch status"]
     if record is None:
         summary = f"the sessions belong to PostgreSQL: no switch is on record in {sessions_dir}"
     else:

@@ -12,6 +12,7 @@ from opsctl.errors import Refused
 from opsctl.report import Column, Failure, Report
 from opsctl.stores.folder import Holding, contents, opened
 from opsctl.stores.publishing import SessionsRoot, locked_root, readable_root
+from opsctl.stores.switch_record import read_switch
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -47,6 +48,7 @@ _COLUMNS = (Column("Folder", "folder"), Column("Action", "action"), Column("Why"
 
 def preview_undo(target: Path, owner: Owner, wish: UndoWish) -> Report:
     """What `undo_restore` would do. Makes nothing, not even the lock's holder."""
+    _refuse_switched(target)
     with readable_root(target, owner) as root:
         if root is None:
             raise _nothing(target)
@@ -60,11 +62,22 @@ def preview_undo(target: Path, owner: Owner, wish: UndoWish) -> Report:
 
 def undo_restore(target: Path, owner: Owner, wish: UndoWish, *, this_run: str) -> Report:
     """Exchange the folders. One that was written since its restore is refused without `discard_changes`."""
+    _refuse_switched(target)
     with readable_root(target, owner) as there:
         if there is None:
             raise _nothing(target)
     with locked_root(target, owner, run_id=this_run) as root:
         return undo_locked(root, wish)
+
+
+def _refuse_switched(target: Path) -> None:
+    record = read_switch(target)
+    if record is not None:
+        raise Refused(
+            f"the folders in {target} are those of a switch ({record.phase}, since {record.since})",
+            kind="switched",
+            hint="opsctl switch status",
+        )
 
 
 def undo_locked(root: SessionsRoot, wish: UndoWish) -> Report:

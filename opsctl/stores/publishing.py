@@ -484,6 +484,16 @@ def _lock(fd: int, path: Path) -> None:
         raise Locked(f"another run works on {path}: {_holder(path)}", hint="wait for it, then type it again") from None
 
 
+def working_on(path: Path) -> str | None:
+    """Who holds the lock of a sessions folder now (pid, host, since); None where nobody does."""
+    with suppress(OSError), opened(path) as fd:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return _holder(path)
+    return None
+
+
 def _holder(path: Path) -> str:
     try:
         with opened(path) as fd, opened(OPSCTL_FOLDER, dir_fd=fd) as own:

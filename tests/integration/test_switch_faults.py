@@ -237,6 +237,8 @@ def test_with_the_database_gone_the_services_run_on_the_standbys_folders_until_t
 ) -> None:
     url = scene.env["DATABASE_URL"]
     scene.outage()
+    triage = scene.run("triage", "--json", env={"WHATSAPP_ADDRESS": "none"}).json()
+    assert triage["next"] == ["opsctl sessions restore --switch"]
     done = scene.switch()
     assert done.returncode == 0, done
     document = done.json()
@@ -608,11 +610,13 @@ def test_a_second_shell_is_told_who_works(scene: Scene) -> None:
         while not (scene.place / "in").exists():
             time.sleep(0.01)
         second = scene.switch()
+        looked = scene.status()
         early = scene.run("standby", "sync")
         cleanup = scene.run("keys", "cleanup", "--yes")
         first.join()
     assert second.returncode == 75, second
     assert "another run works on" in second.json()["error"]["message"]
+    assert (looked["exit_code"], "somebody works on it" in looked["error"]["message"]) == (1, True)
     assert early.returncode == 75, early
     assert "a switch is under way" in early.stderr
     assert cleanup.returncode == 5, cleanup
@@ -753,6 +757,24 @@ def test_a_company_that_does_not_connect_on_the_database_is_named(switched: Scen
     assert done.returncode == 6, done
     assert f"1 companies have not connected: '{SECOND}'" in done.json()["error"]["message"]
     switched.on_database()
+
+
+def test_where_what_the_services_were_is_lost_a_person_starts_them_and_the_same_line_ends_it(switched: Scene) -> None:
+    (switched.sessions / ".opsctl" / "switch-before.json").unlink()
+    done = switched.failback()
+    assert done.returncode == 6, done
+    assert "not known any more" in done.json()["error"]["message"]
+    switched.start()
+    assert switched.failback().returncode == 0
+    switched.on_database()
+
+
+def test_folders_that_a_service_runs_on_are_not_exchanged_under_it(switched: Scene) -> None:
+    for words in (("--yes",), ("--dry-run",), ("--yes", "--discard-changes")):
+        done = switched.run("sessions", "undo", *words)
+        assert done.returncode == 5, done
+        assert "are those of a switch" in done.stderr
+    switched.on_folders()
 
 
 def test_one_company_alone_is_not_brought_back_while_the_services_hold_all(switched: Scene) -> None:
