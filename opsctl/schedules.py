@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from zoneinfo import ZoneInfo
 
 from opsctl import process, services
-from opsctl.crontab import DEFAULT_PATH, lines, times
+from opsctl.crontab import lines, times
 from opsctl.errors import SettingsError
 from opsctl.jobs import JOBS
 
@@ -46,8 +46,7 @@ class Installed:
     off: str | None = None
     """Why it does not run, if it does not."""
     environment: Mapping[str, str] = field(default_factory=dict)
-    path: str | None = None
-    """Where its program is looked for, if that is known."""
+    by_cron: bool = False
 
 
 def local_zone() -> tzinfo:
@@ -102,7 +101,7 @@ def _crontab(place: str, text: str, zone: tzinfo, *, change: str, with_user: boo
             change=change,
             off="commented out" if line.off else None,
             environment=line.environment,
-            path=line.environment.get("PATH", DEFAULT_PATH),
+            by_cron=True,
         )
 
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import orjson
 
 from opsctl import schedules
-from opsctl.crontab import times
+from opsctl.crontab import DEFAULT_PATH, times
 from opsctl.jobs import JOBS, LOCKED
 from opsctl.report import Column, Failure, Report
 from opsctl.settings import TimeOfDay
@@ -104,14 +104,8 @@ def check(settings: Settings) -> Report:
     found = schedules.installed(settings, _users(settings))
     backups = _backups(found)
     rows = [row for job in JOBS for row in _look_at(job, found, backups, settings)]
-    ours = [one for one in found if _job_in(one.command) and one.off is None]
-    if any("line" in one.place for one in ours):
-        runs = schedules.cron_runs()
-        rows.append(
-            CronFinding("cron itself", _OK, "its daemon runs")
-            if runs
-            else CronFinding("cron itself", "stopped", "no cron daemon runs here", "start it, and let it start at boot")
-        )
+    if any(one.by_cron and one.off is None and _job_in(one.command) for one in found):
+        rows.append(_daemon())
     bad = [row for row in rows if row.state != _OK]
     failure = None
     if bad:
@@ -293,7 +287,9 @@ def _job_in(command: str) -> Job | None:
 
 
 def _backups(found: Iterable[Installed]) -> list[Installed]:
-    return [one for one in found if one.off is None and _BACKUP.search(one.command) and not _job_in(one.command)]
+    """What looks like a backup and has minutes of its own: what runs in each of them is in nobody's way."""
+    backups = (one for one in found if one.off is None and _BACKUP.search(one.command) and not _job_in(one.command))
+    return [one for one in backups if one.times is not None and len(one.times.minutes) < 60]
 
 
 def _collision(at: TimeOfDay, backups: Sequence[Installed]) -> Installed | None:
@@ -308,8 +304,8 @@ def _collision(at: TimeOfDay, backups: Sequence[Installed]) -> Installed | None:
 
 
 def _free_time(at: TimeOfDay, backups: Sequence[Installed]) -> TimeOfDay:
-    """The next half hour in whose minute no backup runs; `at` where there is none."""
-    for later in range(30, 24 * 60, 30):
+    """The next half hour in whose minute no backup runs, else the next minute; `at` where there is none."""
+    for later in (*range(30, 24 * 60, 30), *range(1, 24 * 60)):
         minutes = (at.hour * 60 + at.minute + later) % (24 * 60)
         if not _collision(tried := TimeOfDay(*divmod(minutes, 60)), backups):
             return tried
@@ -335,13 +331,20 @@ def _look_at(
     yield _judged(job, one, backups, settings)
 
 
+def _daemon() -> CronFinding:
+    if schedules.cron_runs():
+        return CronFinding("cron itself", _OK, "its daemon runs")
+    return CronFinding("cron itself", "stopped", "no cron daemon runs here", "start it, and let it start at boot")
+
+
 def _judged(job: Job, one: Installed, backups: Sequence[Installed], settings: Settings) -> CronFinding:
     seen = f"{one.place}: {one.when}"
     missing = [flag for flag in job.flags.split() if flag == "--yes" and flag not in one.command]
     if missing:
         return CronFinding(job.command, "asks", f"{seen}: without --yes it ends with 2", one.change)
-    if one.path is not None and not _reached(one.command, one.path):
-        return CronFinding(job.command, "not found", f"{seen}: there is no opsctl on its PATH ({one.path})", one.change)
+    path = one.environment.get("PATH", DEFAULT_PATH)
+    if one.by_cron and not _reached(one.command, path):
+        return CronFinding(job.command, "not found", f"{seen}: there is no opsctl on its PATH ({path})", one.change)
     expected = _expected(job, one, settings)
     if one.times is None:
         return CronFinding(job.command, "unclear", f"{seen}: not read by opsctl", f"compare with {expected} UTC")

@@ -140,6 +140,7 @@ def test_the_lines_are_taken_by_crontab_and_then_nothing_is_missing(machine: Mac
         },
         {"keys cleanup": (r"\Z", "0 3 * * 1 pg_dump wa\n", "collides", "a backup runs in that minute")},
         {"keys cleanup": (r"\Z", "*/15 * * * * /srv/bin/Backup.sh\n", "collides", "a backup runs in that minute")},
+        {"db health": (r"(?m)^.*db health --quiet\n", "* * * * * archive-wal-for-backup\n", "missing", "nothing")},
     ],
 )
 def test_what_is_wrong_with_the_crontab_is_found(

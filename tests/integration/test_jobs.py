@@ -22,7 +22,7 @@ import opsctl
 from opsctl import jobs
 from opsctl.report import Ending, Report
 from opsctl.state import State
-from tests.integration.receivers import HANGING, free_port
+from tests.integration.receivers import accepts_and_never_answers, free_port, full_backlog
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -237,7 +237,7 @@ def everybody(url: str) -> dict[str, str]:
     return {"SENTRY_DSN": url.replace("//", "//k@") + "/1", "HEALTHCHECK_URL": f"{url}/{{job}}", **telegram}
 
 
-@pytest.mark.parametrize("endpoint", HANGING.values(), ids=HANGING.keys())
+@pytest.mark.parametrize("endpoint", [accepts_and_never_answers, full_backlog])
 def test_receivers_that_all_hang_add_two_seconds_in_all(
     endpoint: Callable[[], contextlib.AbstractContextManager[str]], machine: Machine
 ) -> None:

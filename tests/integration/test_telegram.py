@@ -25,7 +25,7 @@ import opsctl
 from opsctl import notify, settings, telegram
 from opsctl.notify import Notices
 from opsctl.report import Ending, Failure, Report, Rto
-from tests.integration.receivers import HANGING, drips, free_port
+from tests.integration.receivers import accepts_and_never_answers, drips, free_port, full_backlog
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -299,7 +299,7 @@ def _answers_no_http() -> Iterator[str]:
         yield dsn
 
 
-@pytest.mark.parametrize("endpoint", [*HANGING.values(), _answers_no_http])
+@pytest.mark.parametrize("endpoint", [accepts_and_never_answers, full_backlog, _answers_no_http])
 def test_the_token_is_in_no_error_and_nothing_takes_longer_than_two_seconds(
     endpoint: Callable[[], AbstractContextManager[str]], tmp_path: Path, api: Api
 ) -> None:
