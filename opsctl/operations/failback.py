@@ -563,9 +563,13 @@ def _next_lines(wish: FailbackWish, *, archived: bool, all_done: bool) -> list[s
     lines = []
     if all_done and archived:
         lines += [
-            "# the service's flags back to PostgreSQL, then start it with its new environment:",
+            "# the service's flags as they were, in its .env and at its start, for instance:",
+            "USE_REPOSITORY_PATTERN=true USE_DATABASE_AUTH_STATE=true \\",
             "pm2 restart baileys-whatsapp-service --update-env",
         ]
     if archived:
-        lines.append(f"opsctl sessions failback --undo {shlex.quote(wish.run_id)}    # until the service writes again")
+        lines += [
+            "# until the service writes again:",
+            f"opsctl sessions failback --undo {shlex.quote(wish.run_id)} --service-stopped",
+        ]
     return lines

@@ -196,7 +196,9 @@ class Repair:
             kind = "half-done" if done else "refused"
             failure = Failure(kind, f"{len(missing)} companies are not repaired: {named}", "opsctl sessions list")
         stale = sum(row.stale for row in done)
-        undo = f"opsctl sessions failback --undo {self._wish.archiving.run_id}    # takes them out again"
+        undo = (
+            f"opsctl sessions failback --undo {self._wish.archiving.run_id} --service-stopped    # takes them out again"
+        )
         return Report(
             summary=f"{sum(row.missing + row.damaged for row in done):,} rows {what}, from {self._wish.source}",
             rows=sorted(rows, key=lambda row: row.company),

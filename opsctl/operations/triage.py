@@ -73,6 +73,8 @@ def triage(settings: Settings, *, seconds: float, everything: bool, now: datetim
         advice = replace(advice, page=f"{_UNREACHABLE}#way-back", lines=("opsctl triage",))
     elif verdict.check == "live folders":
         advice = replace(advice, lines=("{stop}", "opsctl sessions verify"))
+    elif view.switch is not None and fault is Fault.UNDECRYPTABLE:  # of which the database knows nothing
+        advice = replace(advice, lines=("opsctl sessions verify", "{log}"))
     lines = _lines(advice, verdict, view)
     others = sorted({str(sight.fault) for sight in faults} - {str(fault)})
     if others:

@@ -37,7 +37,6 @@ if TYPE_CHECKING:
 
 PAGES = {page.name: page for page in pages()}
 RUN_ID = re.compile(r"\b\d{8}T\d{6}Z-[0-9a-f]{6}\b")
-NEEDS_SERVICES = "<!-- not typed in the tests: it needs a service manager -->"
 SMALL_DRILL = ("--companies", "2", "--keys", "40")
 
 
@@ -227,14 +226,8 @@ def scene(server: EmbeddedServer, forking: Forks, place: Path) -> Iterator[Scene
 
 
 def typed_lines(name: str) -> list[Line]:
-    """The lines of a page that are typed here."""
-    page, lines = PAGES[name], []
-    text = page.text.splitlines()
-    for line in opsctl_lines(page.path, page.text):
-        fence = next((n for n in range(line.number - 1, -1, -1) if text[n].lstrip().startswith("```")), 0)
-        if line.typed and text[max(0, fence - 2)].strip() != NEEDS_SERVICES:
-            lines.append(line)
-    return lines
+    page = PAGES[name]
+    return [line for line in opsctl_lines(page.path, page.text) if line.typed]
 
 
 def differences(line: Line, done: Finished) -> list[str]:
@@ -270,16 +263,6 @@ def test_every_page_has_a_scene() -> None:
 def test_every_act_stands_under_a_heading_that_exists() -> None:
     sections = {(name, line.section) for name in PAGES for line in typed_lines(name)}
     assert ACTS.keys() <= sections
-
-
-def test_only_lines_that_need_a_service_manager_are_left_out() -> None:
-    left_out = {
-        line.text
-        for page in PAGES.values()
-        for line in opsctl_lines(page.path, page.text)
-        if line.typed and line not in typed_lines(page.name)
-    }
-    assert {text for text in left_out if "switch" not in text} == set()
 
 
 @pytest.mark.parametrize(

@@ -225,6 +225,16 @@ def test_refused(scene: Scene) -> None:
     assert "sessions folder" not in text.stdout  # what is sound is for --verbose
 
 
+def test_where_the_services_can_be_switched_one_line_does_it(scene: Scene, tmp_path: Path) -> None:
+    with own_commands(tmp_path) as commands:
+        env = {**commands, "SERVICE_NAMES": "service", "DATABASE_URL": f"postgresql://u:p@127.0.0.1:{closed_port()}/db"}
+        by_hand = scene.sees(Fault.REFUSED, env=env)["next"]
+        (tmp_path / "fallback" / ".git").mkdir(parents=True)
+        prepared = scene.sees(Fault.REFUSED, env={**env, "FALLBACK_DIR": str(tmp_path / "fallback")})["next"]
+    assert by_hand == [f"{tmp_path}/stop service", "opsctl sessions restore --service-stopped"]
+    assert prepared == ["opsctl sessions restore --switch"]
+
+
 def test_refused_at_a_socket(scene: Scene) -> None:
     scene.sees(Fault.REFUSED, env={"DATABASE_URL": f"host={scene.fleet.place} user=u dbname=db"})
 
@@ -678,6 +688,11 @@ def test_while_the_sessions_live_in_folders_the_database_comes_last(scene: Scene
     assert found["next"] == ["opsctl triage"]  # no restore over living folders
     assert found["facts"]["runbook"].endswith("#way-back")
 
+    log = fleet.place / "service.log"
+    log.write_text(f"company {FIRST} failed to decrypt: No session record\n" * 20)
+    found = scene.sees(Fault.UNDECRYPTABLE, env={**dead, "SERVICE_LOG": str(log)})
+    assert found["next"] == ["opsctl sessions verify", f"tail -n 50 {log}"]
+
     (fleet.folder() / "creds.json").write_text(json.dumps({"torn": 1})[:5])
     found = scene.sees(Fault.CORRUPT_CREDS, env=dead)
     assert found["facts"]["also"] == ["refused"]
@@ -687,6 +702,7 @@ def test_while_the_sessions_live_in_folders_the_database_comes_last(scene: Scene
 
 def test_every_line_that_is_advised_is_one_that_opsctl_takes(run_opsctl: RunOpsctl) -> None:
     lines = {line for advice in ADVICE.values() for line in advice.lines if line.startswith("opsctl ")}
+    lines |= {"opsctl sessions restore --switch", "opsctl sessions restore --service-stopped"}
     lines |= {"opsctl sessions repair --company 1 --from standby --dry-run", "opsctl sessions failback --dry-run"}
     for line in lines:
         assert run_opsctl(*line.split()[1:], "--help").returncode == 0, line
