@@ -12,8 +12,9 @@ import pytest
 from opsctl import process
 from opsctl.cli import tree
 from opsctl.journal import Journal
-from opsctl.operations import leaks
-from opsctl.operations.leaks import CHANNELS, Phase, Stage, look_for_leaks
+from opsctl.operations import leak_phases, leaks
+from opsctl.operations.leak_stage import CHANNELS, Phase, Stage
+from opsctl.operations.leaks import look_for_leaks
 from opsctl.operations.secret_search import Search, Secret
 from tests.forks import Forks, forks
 
@@ -54,7 +55,7 @@ def test_the_command_says_what_it_searched(forking: Forks, tmp_path: Path) -> No
     shorter = (
         "from opsctl.operations import leaks\n"
         "leaks.PHASES = leaks.PHASES[-1:]\n"
-        "leaks._the_rest = lambda names: leaks.PHASES[0] if 'keys stats' in names else None"
+        "leaks.the_rest = lambda names: leaks.PHASES[0] if 'keys stats' in names else None"
     )
     env = {"HOME": str(tmp_path), "OPSCTL_STATE_DIR": str(tmp_path / "state")}
     done = forking.run("selftest", "leaks", "--json", env=env, before=shorter)
@@ -63,7 +64,7 @@ def test_the_command_says_what_it_searched(forking: Forks, tmp_path: Path) -> No
 
 
 def test_every_command_is_typed() -> None:
-    every = [line for phase in (*leaks.PHASES, leaks._the_rest(COMMANDS)) for line in phase.lines]
+    every = [line for phase in (*leak_phases.PHASES, leak_phases.the_rest(COMMANDS)) for line in phase.lines]
     assert [name for name in COMMANDS if not any(line.startswith(name) for line in every)] == []
     assert [line for line in every if tree.problem(line.split(), typed=False)] == []
 
