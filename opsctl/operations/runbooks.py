@@ -31,7 +31,7 @@ class Page:
     name: str
     title: str
     purpose: str
-    """Its first paragraph."""
+    """Its first sentence."""
     text: str
 
     @property
@@ -49,7 +49,7 @@ def pages() -> list[Page]:
 
 def _page(name: str, text: str) -> Page:
     title, _, rest = text.partition("\n\n")
-    purpose = " ".join(rest.partition("\n\n")[0].split())
+    purpose = " ".join(rest.partition("\n\n")[0].split()).partition(". ")[0].rstrip(".")
     return Page(name, title.removeprefix("# "), purpose, text)
 
 

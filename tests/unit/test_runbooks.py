@@ -23,7 +23,10 @@ def test_every_page_is_listed_with_what_it_is_for(run_opsctl: RunOpsctl) -> None
     rows = done.json()["rows"]
     assert [row["name"] for row in rows] == [page.name for page in pages()]
     assert all(row["purpose"] for row in rows)
-    assert rows[0]["name"] == "first-five-minutes"
+    assert (rows[0]["name"], rows[0]["purpose"]) == (
+        "first-five-minutes",
+        "Begin here, whatever broke: one line finds the page",
+    )
 
 
 @pytest.mark.parametrize(
