@@ -179,8 +179,10 @@ class _MovesPm2:
     def back(self, saved: bytes) -> None:
         stored = orjson.loads(saved)
         self._enter(stored["definitions"])
-        for name, entries in stored["dumps"].items():
-            self._replace_dump(name, entries)
+        for name in _DUMPS:
+            saved_since = any(entry.get("name") in self.manager.names for entry in self._read_dump(name))
+            if name in stored["dumps"] or saved_since:  # by whoever typed `pm2 save` meanwhile
+                self._replace_dump(name, stored["dumps"].get(name, stored["definitions"]))
 
     def start_environment(self, *, fallback: bool) -> dict[str, str]:  # noqa: ARG002 - the definition has it all
         return {}
@@ -256,7 +258,9 @@ class _MovesPm2:
 
     def _read_dump(self, name: str) -> list[dict[str, Any]]:
         try:
-            entries = orjson.loads((self.manager.home / name).read_bytes())
+            descriptor = os.open(self.manager.home / name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
+            with os.fdopen(descriptor, "rb") as file:
+                entries = orjson.loads(file.read())
         except (OSError, orjson.JSONDecodeError):
             return []
         return [entry for entry in entries if isinstance(entry, dict)] if isinstance(entries, list) else []
@@ -316,8 +320,10 @@ class _MovesSystemd:
     move: Move
 
     def saved(self) -> bytes:
-        """The drop-in of each unit: all that `there` writes, and `back` removes."""
-        return orjson.dumps({name: self._drop_in(name) for name in self.manager.names})
+        """Nothing: a drop-in is made from what systemd says, never from a file that the service's user could write."""
+        for name in self.manager.names:
+            self._drop_in(name)
+        return b"{}"
 
     def told(self) -> bytes:
         return b"{}"
@@ -325,9 +331,12 @@ class _MovesSystemd:
     def environment(self, saved: bytes) -> dict[str, str]:  # noqa: ARG002 - a unit's environment is built at its start
         return {}
 
-    def there(self, saved: bytes) -> None:
-        for name, text in orjson.loads(saved).items():
+    def there(self, saved: bytes) -> None:  # noqa: ARG002 - see `saved`
+        for name in self.manager.names:
             path = self._path(name)
+            if path.exists():
+                continue
+            text = self._drop_in(name)
             try:
                 path.parent.mkdir(mode=0o755, exist_ok=True)
                 new = path.with_suffix(".new")
@@ -337,8 +346,8 @@ class _MovesSystemd:
                 raise HalfDone(f"{path} cannot be written: {error.strerror}", kind="not-moved") from None
         self._reload()
 
-    def back(self, saved: bytes) -> None:
-        for name in orjson.loads(saved):
+    def back(self, saved: bytes) -> None:  # noqa: ARG002 - see `saved`
+        for name in self.manager.names:
             path = self._path(name)
             with suppress(OSError):
                 path.unlink(missing_ok=True)
@@ -362,7 +371,8 @@ class _MovesSystemd:
 
     def _drop_in(self, name: str) -> str:
         done = self.manager.run(("systemctl", "cat", "--", name), LOOK_TIMEOUT_S, {})
-        told = _unit_words(done.stdout.decode(errors="replace")) if done.exit_code == 0 else {}
+        said = done.stdout.decode(errors="replace").partition(f"# {self._path(name)}\n")[0]  # without one of ours
+        told = _unit_words(said) if done.exit_code == 0 else {}
         starts = told.get("ExecStart", [])
         if not starts:
             raise Refused(f"systemd does not say how it starts {name}", kind="service-unknown", hint="systemctl cat")

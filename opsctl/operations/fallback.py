@@ -318,6 +318,7 @@ class _Preparing:
             there = False
         if not there:
             if self._settle("worktree", str(fallback.folder), missing=True):
+                self._make_folder()
                 self._git(fallback.app_dir, "worktree", "prune")
                 self._git(fallback.app_dir, "worktree", "add", "--detach", str(fallback.folder), self.commit)
             return
@@ -330,6 +331,16 @@ class _Preparing:
                 self._git(fallback.folder, "checkout", "--quiet", "--detach", self.commit)
         else:
             self._settle("worktree", str(fallback.folder), missing=False)
+
+    def _make_folder(self) -> None:
+        """As root for the service's user, who may not be allowed to make one there."""
+        folder, account = self.fallback.folder, self.fallback.account
+        try:
+            folder.mkdir(mode=0o755, exist_ok=True)
+            if folder.stat().st_uid != account.uid:
+                os.chown(folder, account.uid, account.gid)
+        except OSError as error:
+            raise Refused(f"{folder} cannot be made: {error.strerror}", hint=f"ls -ld {folder.parent}") from None
 
     def _git(self, folder: Path, *words: str) -> None:
         done = self.fallback.run(("git", *words), folder=folder, timeout_s=INSTALL_TIMEOUT_S)

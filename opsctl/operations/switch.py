@@ -231,10 +231,13 @@ def switch_over(machine: Machinery, find: FindSources, wish: SwitchWish, *, jour
         before = read_before(root.own_fd) if record else {}
         undoing = _Undoing(machine, root, journal, wish.restore.environment, before)
         switch = _Switch(machine, find, wish, root, journal, undoing)
-        if record is None or record.is_switching:
-            return switch.begin(record)
-        if record.phase in {Phase.READY, Phase.STARTING, Phase.SWITCHED, Phase.RETURNING}:
-            return switch.go_on(record)
+        try:
+            if record is None or record.is_switching:
+                return switch.begin(record)
+            if record.phase in {Phase.READY, Phase.STARTING, Phase.SWITCHED, Phase.RETURNING}:
+                return switch.go_on(record)
+        except OSError as error:  # of the record itself: until the start nothing of it comes here
+            raise HalfDone(f"{root.path}: {error.strerror}", kind="disk", hint="opsctl switch status") from None
         if record.phase in {Phase.RETURNED, Phase.LEAVING}:
             raise Refused(
                 "a failback is under way, and the rows are back", kind="switched", hint="opsctl sessions failback"
@@ -365,7 +368,7 @@ class _Switch:
                 do()
                 self._record(phase)
             except BaseException as error:
-                self._undo(phase, error, upto=phase)
+                self._undo(phase, error, upto=Phase.MOVING if record else phase)
                 raise
         self._record(Phase.READY)
         if self.wish.skip_restart:
@@ -450,7 +453,7 @@ class _Switch:
                 hint=services.typed(self.machine.manager, "stop")[0],
             )
         self.notes.append(f"the switch of {self.since} was {record.phase}; nothing was restored again")
-        if all(service.state is State.RUNNING for service in found) and record.phase is not Phase.RETURNING:
+        if all(service.state is State.RUNNING for service in found):
             self._record(Phase.SWITCHED)
             return self._connect(self._mark())
         fallback_code.require_prepared(self.machine.fallback)

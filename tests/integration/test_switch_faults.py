@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from opsctl.stores.switch_record import Phase, read_switch
+from tests import needs
 from tests.conftest import Finished
 from tests.forks import Forks, forks
 from tests.integration.fleet import FIRST, SECOND, Fleet
@@ -839,6 +840,22 @@ def test_prepare_says_what_stands_in_its_way(unprepared: Scene, break_it: Any, s
     done = unprepared.run("switch", "prepare", "--json")
     assert done.returncode == 5, done
     assert sentence in done.json()["error"]["message"]
+
+
+@needs.root()
+def test_root_prepares_for_the_services_user_in_a_place_that_only_root_may_write(unprepared: Scene) -> None:
+    for path in [unprepared.app, *unprepared.app.rglob("*")]:
+        shutil.chown(path, "nobody")
+    done = unprepared.run("switch", "prepare", "--json")
+    assert done.returncode == 0, done
+    owner = unprepared.app.stat().st_uid
+    found = {path: path.lstat().st_uid for path in unprepared.fallback.iterdir()}
+    assert {path.name for path, uid in found.items() if uid != owner} <= {"baileys_sessions"}  # a link
+    assert (unprepared.fallback / ".env").stat().st_mode & 0o777 == 0o600
+    done = unprepared.switch()
+    assert done.returncode == 0, done
+    unprepared.on_folders()
+    assert {path.stat().st_uid for path in unprepared.sessions.rglob("creds.json")} == {owner}
 
 
 def test_prepare_says_when_dependencies_cannot_be_installed(unprepared: Scene) -> None:
