@@ -4,13 +4,8 @@ from __future__ import annotations
 
 import functools
 import itertools
-import json
-import os
-import subprocess
-import sys
 from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 from urllib.parse import quote
 
@@ -19,13 +14,16 @@ import pytest
 from psycopg.conninfo import conninfo_to_dict
 from psycopg.sql import SQL, Identifier
 
-import opsctl
 from opsctl.embedded import EmbeddedServer, embedded_server
 from opsctl.operations.fleet import create_schema
 from tests import needs
+from tests.forks import Finished, Forks, forks
+
+__all__ = ["Database", "Finished", "RunOpsctl"]
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
+    from pathlib import Path
 
 EMBEDDED = 18
 DEBIAN = 15
@@ -65,19 +63,6 @@ class Database:
         with self.connect() as connection:
             cursor = connection.execute(sql.encode(), params)
             return cursor.fetchall() if cursor.description else []
-
-
-@dataclass(frozen=True)
-class Finished:
-    """How a run of opsctl ended."""
-
-    returncode: int
-    stdout: str
-    stderr: str
-
-    def json(self) -> Any:
-        """The one document on stdout."""
-        return json.loads(self.stdout)
 
 
 class RunOpsctl(Protocol):
@@ -131,9 +116,19 @@ def database(request: pytest.FixtureRequest, postgres_of: Callable[[int], Embedd
         connection.execute(SQL("DROP DATABASE IF EXISTS {} WITH (FORCE)").format(name))
 
 
+@pytest.fixture(scope="session")
+def forking(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
+    """Runs of opsctl that are forked from one process; one per worker."""
+    with forks(tmp_path_factory.mktemp("forks")) as forking:
+        yield forking
+
+
 @pytest.fixture
-def run_opsctl(tmp_path: Path) -> RunOpsctl:
-    """Run opsctl as a program, with nothing of the developer's environment but PATH."""
+def run_opsctl(tmp_path: Path, forking: Forks) -> RunOpsctl:
+    """Run opsctl as a process of its own, with nothing of the developer's environment but PATH.
+
+    It is forked where everything is imported already; the tests of its start, and of signals, start the program itself.
+    """
 
     def run(
         *args: str | Path,
@@ -144,23 +139,7 @@ def run_opsctl(tmp_path: Path) -> RunOpsctl:
     ) -> Finished:
         home, state = tmp_path / "home", tmp_path / "state"
         home.mkdir(exist_ok=True)
-        clean = {
-            "PATH": os.environ["PATH"],
-            "PYTHONPATH": str(Path(opsctl.__file__).parents[1]),  # the opsctl that is tested, installed or not
-            "HOME": str(home),
-            "OPSCTL_STATE_DIR": str(state),
-            **(env or {}),
-        }
-        done = subprocess.run(
-            [sys.executable, "-m", "opsctl", *args],
-            check=False,
-            capture_output=True,
-            text=True,
-            env=clean,
-            timeout=timeout,
-            input=stdin,
-            cwd=cwd,
-        )
-        return Finished(done.returncode, done.stdout, done.stderr)
+        clean = {"HOME": str(home), "OPSCTL_STATE_DIR": str(state), **(env or {})}
+        return forking.run(*args, env=clean, timeout=timeout, stdin=stdin, cwd=cwd)
 
     return run

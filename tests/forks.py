@@ -1,109 +1,168 @@
-"""opsctl in forked processes: a whole run costs a tenth of a second, and can be given faults that no disk has.
+"""opsctl in forked processes: a run is spared its imports, and can be given faults that no disk has.
 
-`python -m tests.forks` reads one JSON object per line and answers each with the exit code of a run. What is patched by
-`before`, a Python text, is patched in that run only; `fault_points` below are for such texts.
+`python -m tests.forks SOCKET` answers each connection with one run: a JSON object in, the run's pid and then its exit
+code out, a line each. What is patched by `before`, a Python text, is patched in that run only; `fault_points` below are
+for such texts.
 """
 
 from __future__ import annotations
 
 import ctypes
 import errno
+import importlib
+import itertools
 import json
 import os
+import pkgutil
+import select
 import signal
+import socket
 import subprocess
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
+REPOSITORY = Path(__file__).parents[1]
+
 
 @dataclass(frozen=True)
-class Forked:
-    """How a forked run ended; a negative code is a signal's."""
+class Finished:
+    """How a run of opsctl ended; a negative code is a signal's."""
 
     returncode: int
     stdout: str
     stderr: str
 
     def json(self) -> Any:
+        """The one document on stdout."""
         return json.loads(self.stdout)
 
 
 class Forks:
     """The process that forks, seen from a test. Made by `forks`."""
 
-    def __init__(self, process: subprocess.Popen[str], folder: Path) -> None:
-        self._process = process
-        self._folder = folder
+    def __init__(self, address: Path) -> None:
+        self._address = address
+        self._numbers = itertools.count(1)
 
-    def run(self, *words: str | Path, env: Mapping[str, str], before: str = "") -> Forked:
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        out, err = self._folder / "stdout", self._folder / "stderr"
-        order = {"words": [*map(str, words)], "env": dict(env), "before": before, "out": str(out), "err": str(err)}
-        self._process.stdin.write(json.dumps(order) + "\n")
-        self._process.stdin.flush()
-        return Forked(int(self._process.stdout.readline()), out.read_text(), err.read_text())
+    def run(
+        self,
+        *words: str | Path,
+        env: Mapping[str, str],
+        before: str = "",
+        stdin: str = "",
+        cwd: Path | None = None,
+        timeout: float = 120,
+    ) -> Finished:
+        """Run opsctl with `env` and PATH, and nothing else of the environment. Raises `subprocess.TimeoutExpired`."""
+        base = self._address.with_name(f"run-{next(self._numbers)}")
+        names = {stream: str(base.with_suffix(f".{stream}")) for stream in ("stdin", "stdout", "stderr")}
+        Path(names["stdin"]).write_text(stdin)
+        environment = {"PATH": os.environ["PATH"], "PYTHONPATH": str(REPOSITORY), **env}
+        order = {"words": [*map(str, words)], "env": environment, "before": before, "cwd": str(cwd or "/"), **names}
+        with socket.socket(socket.AF_UNIX) as connection:
+            connection.connect(str(self._address))
+            connection.sendall(json.dumps(order).encode() + b"\n")
+            answers = connection.makefile()
+            pid = int(answers.readline())
+            if not select.select([connection], [], [], timeout)[0]:
+                with suppress(ProcessLookupError):
+                    os.killpg(pid, signal.SIGKILL)
+                raise subprocess.TimeoutExpired(["opsctl", *map(str, words)], timeout)
+            code = int(answers.readline())
+        out, err = (Path(names[stream]).read_text() for stream in ("stdout", "stderr"))
+        for name in names.values():
+            Path(name).unlink()
+        return Finished(code, out, err)
 
 
 @contextmanager
 def forks(folder: Path) -> Iterator[Forks]:
-    """Start the process that forks; runs know nothing of the tests' environment but what `run` is given."""
-    repository = Path(__file__).parents[1]
+    """Start the process that forks."""
+    address = folder / "forks.socket"
     with subprocess.Popen(
-        [sys.executable, "-m", "tests.forks"],
+        [sys.executable, "-m", "tests.forks", str(address)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
-        text=True,
-        env={"PATH": os.environ["PATH"], "PYTHONPATH": str(repository)},
+        env={"PATH": os.environ["PATH"], "PYTHONPATH": str(REPOSITORY)},
         cwd=folder,
     ) as process:
-        yield Forks(process, folder)
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"ready\n"
+        yield Forks(address)
         assert process.stdin is not None
         process.stdin.close()
 
 
-def _serve() -> None:
-    # Imported once for all runs, also what commands import while they run.
+def _serve(address: str) -> None:
+    """Until stdin ends."""
+    _import_all()
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(address)
+        listener.listen(64)
+        os.write(1, b"ready\n")
+        while True:
+            ready, _, _ = select.select([listener.fileno(), 0], [], [])
+            if 0 in ready:
+                return
+            connection, _ = listener.accept()
+            if os.fork() == 0:
+                listener.close()
+                _answer(connection)
+            connection.close()
+
+
+def _import_all() -> None:
+    """Once for all runs, also what commands import while they run."""
     import multiprocessing.connection
     import multiprocessing.popen_fork  # noqa: F401
 
     import certifi  # noqa: F401
+    import rich.progress
+    import rich.table  # noqa: F401
     import sentry_sdk.envelope
     import sentry_sdk.utils  # noqa: F401
     import tenacity  # noqa: F401
     import urllib3  # noqa: F401
 
-    import opsctl.operations.restore
-    import opsctl.operations.undo
-    import opsctl.stores.postgres  # noqa: F401
-    from opsctl.cli import app, frame
+    import opsctl
 
-    answers = os.fdopen(os.dup(1), "w", buffering=1)
-    for number in (1, 2):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), number)
-    frame.main(app, ["sessions", "list", "--json"])
-    for line in sys.stdin:
-        order = json.loads(line)
-        pid = os.fork()
-        if pid == 0:
-            _become(order)
+    for module in pkgutil.walk_packages(opsctl.__path__, "opsctl."):
+        if not module.name.endswith("__main__"):
+            importlib.import_module(module.name)
+
+
+def _answer(connection: socket.socket) -> NoReturn:
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    order = json.loads(connection.makefile().readline())
+    pid = os.fork()
+    if pid == 0:
+        connection.close()
+        _become(order)
+    with suppress(BrokenPipeError):  # a test that gave up
+        connection.sendall(f"{pid}\n".encode())
         _, status = os.waitpid(pid, 0)
-        answers.write(f"{os.waitstatus_to_exitcode(status)}\n")
+        connection.sendall(f"{os.waitstatus_to_exitcode(status)}\n".encode())
+    os._exit(0)
 
 
-def _become(order: dict[str, Any]) -> None:
+def _become(order: dict[str, Any]) -> NoReturn:
     from opsctl.cli import app, frame
 
     os.setsid()
-    for number, name in ((1, "out"), (2, "err")):
-        os.dup2(os.open(order[name], os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), number)
-    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC if number else os.O_RDONLY
+        descriptor = os.open(order[name], flags, 0o600)
+        os.dup2(descriptor, number)
+        os.close(descriptor)
+    os.chdir(order["cwd"])
+    os.environ.clear()
     os.environ.update(order["env"])
     sys.argv = ["opsctl", *order["words"]]
     try:
@@ -170,4 +229,4 @@ def die_at(point: int, *, no_exchange: bool = False) -> None:
 
 
 if __name__ == "__main__":
-    _serve()
+    _serve(sys.argv[1])

@@ -23,13 +23,13 @@ from opsctl.embedded import EmbeddedServer, embedded_server
 from opsctl.operations.fleet import create_schema
 from tests import needs
 from tests.conftest import Database
-from tests.forks import Forks, forks
 from tests.integration.fleet import FIRST, SECOND, Fleet, contents, results, rows_of, unchanged
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from tests.conftest import Finished, RunOpsctl
+    from tests.forks import Forks
 
 MAIN = "from opsctl.cli import main; main()"
 REPOSITORY = Path(__file__).parents[2]
@@ -442,12 +442,6 @@ def test_what_waiting_cannot_mend_is_tried_once(
 
 
 # --- the deadline, after something was published ----------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def forking(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
-    with forks(tmp_path_factory.mktemp("forks")) as forking:
-        yield forking
 
 
 SLOW_PUBLISHING = """

@@ -16,21 +16,15 @@ from opsctl.operations import leak_phases, leaks
 from opsctl.operations.leak_stage import CHANNELS, Phase, Stage
 from opsctl.operations.leaks import look_for_leaks
 from opsctl.operations.secret_search import Search, Secret
-from tests.forks import Forks, forks
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     from tests.conftest import RunOpsctl
+    from tests.forks import Forks
 
 COMMANDS = [name for name, _ in tree.commands() if name != "selftest leaks"]
-
-
-@pytest.fixture(scope="module")
-def forking(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
-    with forks(tmp_path_factory.mktemp("forks")) as forking:
-        yield forking
 
 
 def test_no_secret_leaves_whatever_is_typed_and_whatever_breaks(forking: Forks, tmp_path: Path) -> None:

@@ -24,12 +24,12 @@ from psycopg.sql import SQL, Identifier
 from opsctl.baileys.filenames import MANIFEST_FILE
 from opsctl.operations.fleet import seed_fleet
 from tests import needs
-from tests.forks import Forked, Forks, forks
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from opsctl.embedded import EmbeddedServer
+    from tests.forks import Finished, Forks
 
 COMPANIES = 3
 REPOSITORY = Path(__file__).parents[2]
@@ -53,12 +53,6 @@ class Versions:
         """Which version a folder is; fails where it is neither, or not whole."""
         (found,) = (v for v in self.expected if self.expected[v][folder] == digests)
         return found
-
-
-@pytest.fixture(scope="module")
-def forking(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
-    with forks(tmp_path_factory.mktemp("forks")) as forking:
-        yield forking
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +102,7 @@ class Site:
             "DATABASE_URL": self.urls[version],
         }
 
-    def forked(self, version: Version, *words: str, before: str = "") -> Forked:
+    def forked(self, version: Version, *words: str, before: str = "") -> Finished:
         given = words or ("restore", "--service-stopped")
         return self.forking.run("sessions", *given, "--json", env=self.env(version), before=before)
 

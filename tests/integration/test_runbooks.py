@@ -22,7 +22,6 @@ from opsctl.operations.markdown_lines import Line, opsctl_lines
 from opsctl.operations.runbooks import pages
 from opsctl.queries import query
 from tests.conftest import Database, Finished
-from tests.forks import Forks, forks
 from tests.integration.fleet import FIRST, Fleet
 from tests.integration.test_cleanup import OLD_SESSIONS
 from tests.integration.test_database_deadlines import tcp_url
@@ -34,6 +33,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from tests.conftest import RunOpsctl
+    from tests.forks import Forks
 
 PAGES = {page.name: page for page in pages()}
 RUN_ID = re.compile(r"\b\d{8}T\d{6}Z-[0-9a-f]{6}\b")
@@ -187,12 +187,6 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedServer]
     """A server of our own, which the pages stop and start."""
     with embedded_server(tmp_path_factory.mktemp("runbooks"), tcp=True) as server:
         yield server
-
-
-@pytest.fixture(scope="module")
-def forking(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
-    with forks(tmp_path_factory.mktemp("forks")) as forking:
-        yield forking
 
 
 @pytest.fixture

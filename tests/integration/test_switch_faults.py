@@ -22,12 +22,13 @@ import pytest
 from opsctl.stores.switch_record import Phase, read_switch
 from tests import needs
 from tests.conftest import Finished
-from tests.forks import Forks, forks
 from tests.integration.fleet import FIRST, SECOND, Fleet
 from tests.pm2.door import pm2
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
+
+    from tests.forks import Forks
 
 
 NAMES = ("sender", "receiver")
@@ -207,12 +208,6 @@ class Scene:
         assert {p.name for p in self.sessions.iterdir()} >= {f"company_{FIRST}", f"company_{SECOND}"}
         status = self.run("switch", "status", "--json")
         assert (status.returncode, status.json()["facts"]["owner"]) == (0, "folders")
-
-
-@pytest.fixture(scope="module")
-def forking(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
-    with forks(tmp_path_factory.mktemp("forks")) as forking:
-        yield forking
 
 
 @pytest.fixture
@@ -603,18 +598,15 @@ def test_a_second_shell_is_told_who_works(scene: Scene) -> None:
         f"s.services.stop = lambda m: (pathlib.Path({str(scene.place / 'in')!r}).touch(), time.sleep(2), real(m))[2]"
     )
     results: list[Finished] = []
-    with forks(scene.place) as other:
-        theirs = Scene(scene.fleet, other)
-        theirs.env = scene.env
-        first = threading.Thread(target=lambda: results.append(theirs.switch(before=waiting)))
-        first.start()
-        while not (scene.place / "in").exists():
-            time.sleep(0.01)
-        second = scene.switch()
-        looked = scene.status()
-        early = scene.run("standby", "sync")
-        cleanup = scene.run("keys", "cleanup", "--yes")
-        first.join()
+    first = threading.Thread(target=lambda: results.append(scene.switch(before=waiting)))
+    first.start()
+    while not (scene.place / "in").exists():
+        time.sleep(0.01)
+    second = scene.switch()
+    looked = scene.status()
+    early = scene.run("standby", "sync")
+    cleanup = scene.run("keys", "cleanup", "--yes")
+    first.join()
     assert second.returncode == 75, second
     assert "another run works on" in second.json()["error"]["message"]
     assert (looked["exit_code"], "somebody works on it" in looked["error"]["message"]) == (1, True)
