@@ -169,6 +169,11 @@ def converse(
     return Report(ok=found["ok"], companies=tuple(map(_company_report, found["companies"])))
 
 
+def new_creds(version: Version) -> str:
+    """Fresh credentials of nobody's, as JSON text: what the service writes where it finds none."""
+    return _run("new_creds.mjs", version)
+
+
 def write_cache(file: Path, creds: dict[str, Any]) -> None:
     """Let a Node program cache creds by company as the service does; byte objects are Buffers before it saves them."""
     _cache("write", str(file), stdin=json.dumps(creds))

@@ -8,7 +8,7 @@ import json
 import os
 import re
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,17 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from tests.baileys.door import VERSIONS, Fleet, Row, Version, converse, expected_files, load_fleet, make_fleet
+from tests.baileys.door import (
+    VERSIONS,
+    Fleet,
+    Row,
+    Version,
+    converse,
+    expected_files,
+    load_fleet,
+    make_fleet,
+    new_creds,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -71,6 +81,7 @@ class Service:
     database: Database
     folder: Path
     run_opsctl: RunOpsctl
+    more_env: dict[str, str] = field(default_factory=dict)
 
     def opsctl(self, *args: str | Path, exit_code: int = 0) -> Any:
         """The JSON document of one command that must end with `exit_code`."""
@@ -80,7 +91,7 @@ class Service:
 
     @property
     def env(self) -> dict[str, str]:
-        return {"DATABASE_URL": self.database.url, "OPSCTL_ENVIRONMENT": "rehearsal"}
+        return {"DATABASE_URL": self.database.url, "OPSCTL_ENVIRONMENT": "rehearsal", **self.more_env}
 
     def restore(self, *flags: str, to: Path | None = None, exit_code: int = 0) -> Any:
         return self.opsctl("sessions", "restore", "--to", to or self.folder, *flags, exit_code=exit_code)
@@ -956,3 +967,58 @@ def test_undo_brings_the_older_folder_back_to_the_byte_and_undone_again_the_newe
     assert report.ok, report
     service.undo()
     assert files_of(service.folder) == newer
+
+
+# 8: from the standby
+
+
+@pytest.fixture
+def standby(service: Service, tmp_path: Path) -> Path:
+    """Where the service's standby is; `service.env` names it."""
+    service.more_env["STANDBY_DIR"] = str(tmp_path / "standby")
+    return tmp_path / "standby"
+
+
+def test_without_a_database_the_standby_continues_what_did_not_change_and_heals_what_did(
+    service: Service, fleet: Fleet, later: Fleet, standby: Path, tmp_path: Path
+) -> None:
+    service.insert(fleet.rows)
+    service.opsctl("standby", "sync")
+    service.database.execute("DELETE FROM whatsapp_auth WHERE company_id = %s", [ONLY])
+    service.database.execute("DELETE FROM whatsapp_keys WHERE company_id = %s", [ONLY])
+    service.insert(of_company(later.rows, ONLY))  # which no sync saw
+    service.more_env["DATABASE_URL"] = "postgresql://opsctl@127.0.0.1:1/gone"
+    document = service.restore()
+    found = {row["company"]: (row["result"], row["copy"]) for row in document["rows"]}
+    assert found == dict.fromkeys(fleet.company_ids, ("restored", "possibly stale"))
+    assert any("possibly stale, because what was written after them" in warning for warning in document["warnings"])
+    report = converse(service.folder, fleet, companies=[STRINGIFIED, MIXED], next_pre_key_raised=1000)
+    assert report.ok, report
+    assert all(company.outcomes() == {"continued"} for company in report.companies)
+
+    service.restore("--stale", to=tmp_path / "stale")
+    healed = converse(tmp_path / "stale", later, companies=[ONLY], may_heal=True)
+    assert healed.ok, healed
+    assert sum(conversation.lost for conversation in healed.conversations) == 0
+
+
+@of_baileys_7
+def test_after_ten_syncs_of_a_disaster_the_standby_still_converses(
+    service: Service, fleet: Fleet, standby: Path
+) -> None:
+    service.insert(fleet.rows)
+    service.database.execute("UPDATE whatsapp_keys SET updated_at = now(), expires_at = now() + interval '7 days'")
+    service.opsctl("standby", "sync")
+    service.database.execute("DELETE FROM whatsapp_auth WHERE company_id = %s", [MIXED])
+    service.database.execute("DELETE FROM whatsapp_keys WHERE company_id = %s", [MIXED])
+    service.database.execute(
+        "UPDATE whatsapp_auth SET updated_at = now(), creds = %s WHERE company_id = %s", [new_creds(7), STRINGIFIED]
+    )
+    service.database.execute("DELETE FROM whatsapp_keys WHERE key_type = 'session' AND company_id = %s", [ONLY])
+    for _ in range(10):
+        held = service.opsctl("standby", "sync", exit_code=1)
+    assert {row["company"]: row["result"] for row in held["rows"]} == dict.fromkeys(fleet.company_ids, "held")
+    service.restore("--source", "standby")
+    report = converse(service.folder, fleet, next_pre_key_raised=1000)
+    assert report.ok, report
+    assert all(company.outcomes() == {"continued"} for company in report.companies)

@@ -24,7 +24,9 @@ from psycopg.conninfo import conninfo_to_dict
 
 from opsctl import db
 from opsctl.baileys.filenames import MANIFEST_FILE
+from opsctl.embedded import embedded_server
 from opsctl.journal import Journal
+from opsctl.operations.fleet import create_schema
 from opsctl.operations.standby import SyncWish, live_sessions, standby_status, sync_standby
 from opsctl.stores.folder import entries_of, opened
 from opsctl.stores.postgres import snapshot
@@ -32,8 +34,9 @@ from opsctl.stores.publishing import locked_root
 from opsctl.stores.standby import Standby
 from opsctl.stores.switch_record import SwitchRecord, clear_switch, write_switch
 from tests import needs
-from tests.conftest import each_postgres
-from tests.integration.fleet import FIRST, KEYS, PLANTED, SECOND, Fleet, rows_of, unchanged
+from tests.conftest import Database, each_postgres
+from tests.integration.fleet import FIRST, KEYS, PLANTED, SECOND, Fleet, results, rows_of, unchanged
+from tests.integration.test_health import replica_of, until
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -43,7 +46,7 @@ if TYPE_CHECKING:
     from opsctl.stores.live import Live
     from opsctl.stores.postgres import Snapshot
     from opsctl.stores.standby import Copy
-    from tests.conftest import Finished
+    from tests.conftest import Finished, RunOpsctl
 
 ENVIRONMENT = "production"
 REPOSITORY = Path(__file__).parents[2]
@@ -411,6 +414,43 @@ def test_another_server_or_another_history_is_held_until_it_is_accepted(
     assert synced.synced(accept=("@all",)).exit_code == 0
     assert synced.synced().exit_code == 0
     assert synced.copy().generation == synced.copy(SECOND).generation == "00000002"
+
+
+def test_a_replica_that_lagged_and_was_promoted_is_held_and_the_last_good_copy_restored(
+    tmp_path: Path, place: Path, run_opsctl: RunOpsctl
+) -> None:
+    with embedded_server(tmp_path) as primary, replica_of(primary) as replica:
+        fleet = Fleet(Database(primary, "postgres"), place, run_opsctl)
+        with fleet.database.connect(autocommit=False) as connection:
+            create_schema(connection)
+        fleet.seed()
+        warm = Warm(fleet, place / "standby")
+        promoted = Database(replica, "postgres")
+        everything = fleet.database.execute("SELECT count(*) FROM whatsapp_keys")
+        until(lambda: promoted.execute("SELECT count(*) FROM whatsapp_keys") == everything)
+        promoted.execute("ALTER SYSTEM SET primary_conninfo = ''")
+        promoted.execute("SELECT pg_reload_conf()")
+        until(lambda: not promoted.execute("SELECT * FROM pg_stat_wal_receiver"))
+        warm.execute(f'UPDATE whatsapp_keys SET value = \'{{"went": "on"}}\', updated_at = now() {OF_FIRST}')
+        assert warm.synced().exit_code == 0
+        good = warm.whole()
+        primary.stop()
+        promoted.execute("SELECT pg_promote()")
+        warm.fleet = Fleet(promoted, place, run_opsctl)
+        warm.fleet.env |= fleet.env | {"DATABASE_URL": promoted.url}
+        for _ in range(10):
+            report = warm.synced()
+            assert report.exit_code == 1
+        assert {row.result for row in report.rows} == {"held"}
+        assert report.failure is not None
+        assert "at an earlier transaction than the copy: rolled back, or a replica that lags" in report.failure.message
+        assert warm.whole() == good
+        document = warm.fleet.restored("--source", "standby")
+        assert results(document) == {FIRST: "restored", SECOND: "restored"}
+        files = keys(warm.fleet.folder())
+        assert {name: files[name] for name in files if name != "creds.json"} == {
+            name: digest for name, digest in good.items() if name not in {MANIFEST_FILE, "creds.json"}
+        }
 
 
 def test_what_was_held_is_copied_once_it_is_accepted_and_only_that(synced: Warm) -> None:
