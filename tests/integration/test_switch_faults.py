@@ -850,6 +850,28 @@ def test_root_prepares_for_the_services_user_in_a_place_that_only_root_may_write
     assert {path.stat().st_uid for path in unprepared.sessions.rglob("creds.json")} == {owner}
 
 
+def test_each_setting_of_the_fallback_code_counts(unprepared: Scene) -> None:
+    unprepared.git("tag", "another-tag")
+    (unprepared.app / ".env.production").write_text("USE_X=on # of the service\n")
+    unprepared.env |= {
+        "EMERGENCY_TAG": "another-tag",
+        "SERVICE_ENV_FILE": ".env.production",
+        "SWITCH_FLAGS": "USE_X=off, USE_Y=no",
+        "FALLBACK_DRY_BOOT_COMMAND": "sleep 600",  # what still runs then has started
+        "FALLBACK_DRY_BOOT_SECONDS": "1",
+    }
+    unprepared.git("tag", "--delete", TAG)
+    started = time.monotonic()
+    done = unprepared.run("switch", "prepare", "--json")
+    assert done.returncode == 0, done
+    assert 1 <= time.monotonic() - started < 10
+    assert (unprepared.fallback / ".env.production").read_text() == "USE_X=off # of the service\nUSE_Y=no\n"
+    assert unprepared.switch().returncode == 0
+    environ = Path(f"/proc/{(unprepared.place / 'pid.sender').read_text().strip()}/environ").read_bytes()
+    assert {b"USE_X=off", b"USE_Y=no"} <= set(environ.split(b"\0"))
+    assert unprepared.status()["rows"][0]["flags"] == {"USE_X": "off", "USE_Y": "no"}
+
+
 def test_prepare_says_when_dependencies_cannot_be_installed(unprepared: Scene) -> None:
     done = unprepared.run("switch", "prepare", "--json", env={"FALLBACK_INSTALL_COMMAND": "false"})
     assert done.returncode == 5, done

@@ -6,7 +6,7 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from opsctl.baileys.log_lines import Heard, Trouble, hear
+from opsctl.baileys.log_lines import Heard, Trouble, connected, hear, undecryptable
 
 NOW = datetime(2026, 1, 31, 3, 4, 5, tzinfo=UTC)
 REPLACED = (
@@ -94,3 +94,34 @@ def test_nothing_of_a_line_comes_out() -> None:
     secret = "pubKey: <Buffer 05 4f d4 4c> Bad MAC s3cret"
     (found,) = heard(secret)
     assert found.words == "Bad MAC"
+
+
+@pytest.mark.parametrize(
+    ("lines", "known", "open_now"),
+    [
+        (["962302: connection open"], ("962302", "962303"), {"962302"}),
+        (['{"company":"962303","connection":"open"}'], ("962302", "962303"), {"962303"}),
+        (["962302 says hello there"], ("962302", "962303"), {"962302"}),
+        (["connection open"], ("962302", "962303"), set()),  # whose is not known
+        (["opened connection to WA"], ("962302",), {"962302"}),
+        (["9623021 connection open", "x962302 connection open"], ("962302",), {"962302"}),  # it is the only one
+        (["9623021 connection open"], ("962302", "7"), set()),
+        (["7 connection open", "962302 connection open", "7 connection closed"], ("962302", "7"), {"962302"}),
+        (["7 connection open", "7 connection errored", "7 connection open"], ("962302", "7"), {"7"}),
+        (["962302 is there"], ("962302", "7"), set()),
+    ],
+)
+def test_a_company_is_connected_when_its_last_word_on_it_says_so(
+    lines: list[str], known: tuple[str, ...], open_now: set[str]
+) -> None:
+    assert connected(lines, known=known, patterns=("connection open", "hello there")) == open_now
+
+
+def test_undecryptable_messages_are_counted_by_company() -> None:
+    lines = [
+        "962302: Bad MAC",
+        "Error: No matching sessions found for message",
+        "962302 Invalid PreKey ID",
+        "962302 late",
+    ]
+    assert undecryptable(lines, known=("962302", "7")) == {"962302": 2, "": 1}
