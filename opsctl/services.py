@@ -619,6 +619,17 @@ class LogMark:
     ends: Mapping[Path, tuple[int, int]] = field(default_factory=dict)
     """Inode and size of each file at that moment."""
 
+    def kept(self) -> dict[str, Any]:
+        """As JSON holds it."""
+        return {"at": self.at, "ends": {str(path): list(end) for path, end in self.ends.items()}}
+
+    @classmethod
+    def of_kept(cls, kept: object) -> LogMark:
+        """What `kept` gave; the beginning of all logs where that is lost."""
+        if not isinstance(kept, dict):
+            return cls(0.0)
+        return cls(kept["at"], {Path(path): (inode, size) for path, (inode, size) in kept["ends"].items()})
+
 
 def mark_logs(services: Sequence[Service]) -> LogMark:
     """Remember where the logs end now."""

@@ -455,25 +455,16 @@ class _Switch:
         self.notes.append(f"the switch of {self.since} was {record.phase}; nothing was restored again")
         if all(service.state is State.RUNNING for service in found):
             self._record(Phase.SWITCHED)
-            return self._connect(self._mark())
+            return self._connect(LogMark.of_kept(self.before.get("mark")))
         fallback_code.require_prepared(self.machine.fallback)
         if "definitions" in self.before:
             self._move()
         return self._start_and_connect()
 
-    def _mark(self) -> LogMark:
-        kept = self.before.get("mark")
-        if not isinstance(kept, dict):
-            return LogMark(0.0)
-        from pathlib import Path
-
-        return LogMark(kept["at"], {Path(path): (inode, size) for path, (inode, size) in kept["ends"].items()})
-
     def _start_and_connect(self) -> Report:
         manager = self.machine.manager
         mark = services.mark_logs(services.status(manager))
-        ends = {str(path): list(end) for path, end in mark.ends.items()}
-        self.undoing.keep(mark={"at": mark.at, "ends": ends})
+        self.undoing.keep(mark=mark.kept())
         self._record(Phase.STARTING, done=False)
         environment = self.machine.relocator.start_environment(fallback=True)
         try:

@@ -16,7 +16,7 @@ from opsctl.operations.connecting import connection_failure, wait_connected
 from opsctl.operations.failback import planned_failback, preview_failback
 from opsctl.operations.switch import Machinery, machinery, stop_proven, undo_switch
 from opsctl.report import Failure, Report
-from opsctl.services import State
+from opsctl.services import LogMark, State
 from opsctl.signals import held_back
 from opsctl.stores.publishing import Owner, locked_root
 from opsctl.stores.switch_record import (
@@ -25,6 +25,7 @@ from opsctl.stores.switch_record import (
     clear_switch,
     read_before,
     read_switch,
+    write_before,
     write_switch,
 )
 
@@ -165,7 +166,11 @@ class _Back:
                 services.stop(manager)
         with self.journal.step("move the services back"):
             relocator.back(self.before["definitions"].encode())
-        mark = services.mark_logs(services.status(manager))
+        looked = services.status(manager)
+        if "leaving_mark" not in self.before or not all(service.state is State.RUNNING for service in looked):
+            self.before["leaving_mark"] = services.mark_logs(looked).kept()
+            write_before(self.root.own_fd, self.before)
+        mark = LogMark.of_kept(self.before["leaving_mark"])
         self._record(Phase.LEAVING, done=False)
         try:
             with self.journal.step("start the services on PostgreSQL"):

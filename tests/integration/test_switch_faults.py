@@ -644,6 +644,23 @@ def test_killed_anywhere_on_the_way_back_the_same_line_ends_it(switched: Scene) 
     assert switched.run("sessions", "verify", "--against", "database").returncode == 0
 
 
+AFTER_THE_START = """
+import os, signal
+import opsctl.operations.switch_back as operation
+operation.clear_switch = lambda _: os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_killed_after_the_start_on_the_database_the_same_line_only_looks_whether_all_is_well(switched: Scene) -> None:
+    assert switched.failback(before=AFTER_THE_START).returncode == -signal.SIGKILL
+    assert (switched.phase(), switched.runs_in()) == (Phase.LEAVING, [switched.app, switched.app])
+    pids = switched.pids()
+    done = switched.failback()
+    assert done.returncode == 0, done
+    assert switched.pids() == pids
+    switched.on_database()
+
+
 BEFORE_THE_WORD = """
 import os, signal
 import opsctl.operations.switch_back as operation
