@@ -1,14 +1,22 @@
 """`opsctl cron ...`: what runs by the clock."""
 
+from enum import StrEnum
 from typing import Annotated
 
 import typer
 
 from opsctl.cli.frame import Group, Invocation, command
-from opsctl.operations.cron import Form
 from opsctl.report import Report
 
 app = typer.Typer(cls=Group, help="What runs by the clock: the lines that this installation needs.")
+
+
+class As(StrEnum):
+    """For whom the lines are written."""
+
+    CRONTAB = "crontab"
+    SYSTEMD = "systemd"
+    PM2 = "pm2"
 
 
 @app.callback()
@@ -28,7 +36,7 @@ def cron() -> None:
 )
 def show(
     ctx: typer.Context,
-    form: Annotated[Form, typer.Option("--as", help="For whom the lines are written.")] = Form.CRONTAB,
+    form: Annotated[As, typer.Option("--as", help="For whom the lines are written.")] = As.CRONTAB,
     check: Annotated[
         bool, typer.Option("--check", help="Look at what is installed instead; 1 where something is not in order.")
     ] = False,
@@ -41,4 +49,4 @@ def show(
     from opsctl.operations import cron as operation
 
     run: Invocation = ctx.obj
-    return operation.check(run.settings) if check else operation.show(run.settings, form)
+    return operation.check(run.settings) if check else operation.show(run.settings, operation.Form(form))

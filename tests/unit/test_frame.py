@@ -641,3 +641,21 @@ def test_a_user_without_a_home_is_told_that_there_is_no_history(place: Place) ->
     done = place.run("emergency", before=before, env={"OPSCTL_STATE_DIR": ""})
     assert done.returncode == 0, done.stderr
     assert "opsctl: this run could not be kept in the history: SettingsError\n" in done.stderr
+
+
+def test_the_command_tree_imports_nothing_that_only_some_commands_need() -> None:
+    words = [sys.executable, "-c", "import sys, opsctl.cli; print(*sys.modules)"]
+    loaded = subprocess.run(words, capture_output=True, text=True, check=True).stdout.split()
+    ours = {name for name in loaded if name.startswith(("opsctl.operations", "opsctl.stores", "opsctl.baileys"))}
+    assert ours <= {"opsctl.operations", "opsctl.operations.faults"}
+    others = {
+        "opsctl.db",
+        "opsctl.services",
+        "opsctl.settings",
+        "psycopg",
+        "sentry_sdk",
+        "cryptography",
+        "rich",
+        "orjson",
+    }
+    assert not others & set(loaded)
