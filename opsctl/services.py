@@ -209,7 +209,7 @@ def stop(manager: Manager, *, timeout_s: float = ACT_TIMEOUT_S) -> tuple[Service
     running = [service for service in services if service.state is not State.STOPPED]
     complaint = _run_all(manager, manager.stop_lines(running) if running else [], give_up_at, {})
     while True:
-        services = manager.look(max(1.0, give_up_at - time.monotonic()))
+        services = manager.look(LOOK_TIMEOUT_S)  # a look that is cut short proves nothing
         proof = _proof(services)
         left = sorted(pid for pid, started_at in processes if _started_at(pid) == started_at)
         if proof.stopped and not left:
@@ -266,7 +266,7 @@ def _started(
     lines = manager.start_lines(idle, new_environment=bool(environment)) if idle else []
     complaint = _run_all(manager, lines, give_up_at, environment)
     while True:
-        services = manager.look(max(1.0, give_up_at - time.monotonic()))
+        services = manager.look(LOOK_TIMEOUT_S)  # a look that is cut short proves nothing
         waiting = [service for service in services if service.state is not State.RUNNING and service.name in names]
         if not waiting:
             return services

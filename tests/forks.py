@@ -164,6 +164,8 @@ def _become(order: dict[str, Any]) -> NoReturn:
     os.chdir(order["cwd"])
     os.environ.clear()
     os.environ.update(order["env"])
+    if order["env"]["PYTHONPATH"] != str(REPOSITORY):  # other modules than those that are imported here
+        os.execv(sys.executable, [sys.executable, "-m", "opsctl", *order["words"]])
     sys.argv = ["opsctl", *order["words"]]
     try:
         exec(order["before"], {})

@@ -129,8 +129,9 @@ class Pass:
                     self._blocks.adapt(len(blocks), time.monotonic() - began)
             except (psycopg.errors.DeadlockDetected, psycopg.errors.LockNotAvailable):
                 return False
-            self._count(deleted)
-        self._rest_after(began)
+            count = self._count(deleted)
+        if count:
+            self._rest_after(began)
         return True
 
     def _found(self, blocks: range) -> list[Places]:

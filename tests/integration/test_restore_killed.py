@@ -171,7 +171,7 @@ def exit_code(process: subprocess.Popen[bytes]) -> int:
 
 # --- at random instants -----------------------------------------------------------------------------------------------
 
-KILLS = 42
+KILLS = 30
 
 
 def kill(process: subprocess.Popen[bytes], victim: str, instant_s: float) -> None:
