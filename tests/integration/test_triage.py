@@ -433,10 +433,12 @@ def test_sessions_that_wait_for_a_row(scene: Scene) -> None:
 
         thread = threading.Thread(target=wait)
         thread.start()
-        time.sleep(4.6)  # the fifth second is triage's own
-        found = scene.sees(Fault.LOCKS)
-        culprit.rollback()
-        thread.join()
+        time.sleep(5.1)
+        try:
+            found = scene.sees(Fault.LOCKS)
+        finally:  # else closing what waits would wait too
+            culprit.rollback()
+            thread.join()
     blocker = rf"behind session {pid} \(forgotten, idle in transaction\)"
     assert re.fullmatch(rf"1 sessions wait for a lock, the first for \d+ s, {blocker}", found["facts"]["evidence"])
 
