@@ -12,6 +12,7 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from enum import StrEnum
+from functools import partial
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any
 
@@ -28,9 +29,9 @@ from opsctl.report import Column, Failure, Report
 from opsctl.stores import keys
 from opsctl.stores.folder import OPSCTL_FOLDER, opened, origin_of, read_file
 from opsctl.stores.postgres import parse_rows
-from opsctl.stores.publishing import Owner, locked_root, readable_root
+from opsctl.stores.publishing import Owner, locked_root, readable_root, sync_filesystem
 from opsctl.stores.records import ManifestDamaged, Returned
-from opsctl.stores.returned import mark_returned
+from opsctl.stores.returned import put_mark_in_place, write_mark
 from opsctl.stores.rewriting import Archiving, NewRow, rewriting
 from opsctl.stores.staging import Warnings
 from opsctl.stores.switch_record import clear_switch
@@ -246,18 +247,29 @@ class Failback:
     def _mark(self, rows: Sequence[CompanyRow]) -> None:
         """Remember in each folder that it was brought back: from now on it is not the live one any more."""
         done = {row.company for row in rows if row.result in _DONE}
-        for company in self._plan.companies:
-            if company.company not in done or company.returned_by is not None or not company.folder_digest:
-                continue
-            try:
-                with opened(company.folder, dir_fd=self._root.fd) as folder_fd:
-                    returned = Returned(self._plan.wish.run_id, as_text(datetime.now(UTC)), company.folder_digest)
-                    mark_returned(folder_fd, returned)
-            except (OSError, ManifestDamaged) as error:
-                self._plan.warnings.append(
-                    f"{company.company}: its folder cannot be marked as brought back ({error}); "
-                    "the next restore will ask for --discard-changes"
-                )
+        marked = [c for c in self._plan.companies if c.company in done and c.returned_by is None and c.folder_digest]
+        at = as_text(datetime.now(UTC))
+        written = []
+        for company in marked:
+            returned = Returned(self._plan.wish.run_id, at, company.folder_digest)
+            if self._marked(company, partial(write_mark, returned=returned)):
+                written.append(company)
+        if written and self._marked(written[0], sync_filesystem):  # for all of them: they lie on one
+            for company in written:
+                self._marked(company, put_mark_in_place)
+
+    def _marked(self, company: CompanyPlan, step: Callable[[int], None]) -> bool:
+        """One step of marking; without the mark the rows are back all the same."""
+        try:
+            with opened(company.folder, dir_fd=self._root.fd) as folder_fd:
+                step(folder_fd)
+        except (OSError, ManifestDamaged) as error:
+            self._plan.warnings.append(
+                f"{company.company}: its folder cannot be marked as brought back ({error}); "
+                "the next restore will ask for --discard-changes"
+            )
+            return False
+        return True
 
     def settle_switch(self) -> None:
         """Where nobody moves the services back from here: the folders own the sessions until every company is back."""
