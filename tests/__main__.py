@@ -71,8 +71,10 @@ def main(arguments: list[str]) -> int:
     ok = {name: run(name, words) for name, words in CHECKS.items()}
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "tests.xml"
-        # More processes than two cores: much of the time is spent waiting for the programs under test.
-        words = ["-m", "pytest", "-q", "-n", "4", "--dist", "worksteal", f"--junit-xml={report}", *arguments]
+        # In memory more processes than two cores: what is left of the waiting is for the programs under test. On a disk
+        # they would wait for each other's syncs.
+        processes = "4" if environment().get("TMPDIR") == str(MEMORY) else "2"
+        words = ["-m", "pytest", "-q", "-n", processes, "--dist", "worksteal", f"--junit-xml={report}", *arguments]
         ok["tests"] = run("tests", words)
         reasons = skips(report)
     unlisted = [reason for reason in reasons if not reason.startswith(NOT_PROVEN)]
