@@ -117,7 +117,8 @@ def manager(settings: Settings) -> Manager | None:
     commands = [settings[name] for name in _COMMANDS]
     missing = [name for name, words in zip(_COMMANDS, commands, strict=True) if not words]
     if missing:
-        raise SettingsError(f"SERVICE_MANAGER is command and {', '.join(missing)} is not set")
+        verb = "is" if len(missing) == 1 else "are"
+        raise SettingsError(f"SERVICE_MANAGER is command and {', '.join(missing)} {verb} not set")
     return Command(names, logs, *commands)
 
 

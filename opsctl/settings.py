@@ -117,9 +117,18 @@ def _paths(value: str) -> tuple[Path, ...]:
     return tuple(_path(path.strip()) for path in value.split(","))
 
 
-def _words(value: str) -> tuple[str, ...]:
+class Words(tuple[str, ...]):
+    """A command line, as a list of words."""
+
+    __slots__ = ()
+
+    def __str__(self) -> str:
+        return shlex.join(self)
+
+
+def _words(value: str) -> Words:
     try:
-        return tuple(shlex.split(value))
+        return Words(shlex.split(value))
     except ValueError:
         raise ValueError("has an open quote") from None
 
@@ -281,7 +290,11 @@ VARIABLES: tuple[Variable, ...] = (
         "/srv/app-fallback",
     ),
     Variable(
-        "FALLBACK_INSTALL_COMMAND", _words, ("npm", "ci"), "Installs its dependencies, in FALLBACK_DIR.", "npm ci"
+        "FALLBACK_INSTALL_COMMAND",
+        _words,
+        Words(("npm", "ci")),
+        "Installs its dependencies, in FALLBACK_DIR.",
+        "npm ci",
     ),
     Variable(
         "FALLBACK_DRY_BOOT_COMMAND",
@@ -451,7 +464,7 @@ class Settings:
             return Path(self["SESSIONS_DIR"])
         if self["APP_DIR"]:
             return Path(self["APP_DIR"]) / "baileys_sessions"
-        raise SettingsError("neither SESSIONS_DIR nor APP_DIR is set", hint="set one of them, or pass --to DIR")
+        raise SettingsError("neither SESSIONS_DIR nor APP_DIR is set", hint="set one of them")
 
     @property
     def cache_file(self) -> Path:

@@ -1,20 +1,15 @@
 """`opsctl keys ...`: the keys in PostgreSQL: counted, cleaned up, put back, mended."""
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import suppress
 from datetime import timedelta
 from enum import StrEnum
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
+from opsctl.cli import doors
 from opsctl.cli.frame import Companies, DryRun, Group, Invocation, Yes, command, seconds
 from opsctl.report import Report
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from opsctl.db import Connection
 
 app = typer.Typer(cls=Group, help="The keys in PostgreSQL: stats, cleanup, runs, undo, doctor.")
 
@@ -110,17 +105,17 @@ def cleanup(
     if explain:
         return operation.explain(wish)
     refuse_while_switched(run.settings, "cleanup")
-    found = operation.find(_database(run), wish, journal=run.journal, naming=dry_run)
+    found = operation.find(doors.connection(run), wish, journal=run.journal, naming=dry_run)
     if dry_run or not found.expired:
         return operation.preview(found, wish)
     run.confirm(f"Delete {found.expired:,} expired keys?")
     return operation.delete(
-        _database(run),
+        doors.connection(run),
         found,
         wish,
         state_dir=run.settings.state_dir,
         keep_archives=timedelta(days=run.settings["ARCHIVE_KEEP_DAYS"]),
-        place=_place(run),
+        place=doors.place(run),
         remaining=run.deadline.remaining,
         journal=run.journal,
     )
@@ -157,7 +152,7 @@ def undo(
     run: Invocation = ctx.obj
     refuse_while_switched(run.settings, "undo")
     plan = archived.plan_undo(
-        _database(run),
+        doors.connection(run),
         run.settings.state_dir,
         archived_run,
         environment=run.settings.environment,
@@ -166,7 +161,7 @@ def undo(
     if dry_run or not plan.changes:
         return archived.preview_undo(plan)
     run.confirm(f"Put back {plan.changes:,} rows?")
-    return archived.undo(_database(run), plan, journal=run.journal)
+    return archived.undo(doors.connection(run), plan, journal=run.journal)
 
 
 @command(
@@ -183,7 +178,7 @@ def stats(ctx: typer.Context, company: Companies = None) -> Report:
 
     run: Invocation = ctx.obj
     return count_keys(
-        _database(run),
+        doors.connection(run),
         retention=timedelta(days=run.settings["DB_CLEANUP_RETENTION_DAYS"]),
         companies=tuple(company or ()),
         journal=run.journal,
@@ -215,47 +210,26 @@ def doctor(
     Mending wants the service stopped; every row is archived as it was, and `opsctl keys undo` puts it back.
     """
     from opsctl.operations import doctor as operation
+    from opsctl.operations.single_owner import require_stopped
     from opsctl.stores.switch_record import refuse_while_switched
 
     run: Invocation = ctx.obj
     if fix:
         refuse_while_switched(run.settings, "doctor --fix")
-    diagnosis = operation.diagnose(_database(run), companies=tuple(company or ()), journal=run.journal)
+    diagnosis = operation.diagnose(doors.connection(run), companies=tuple(company or ()), journal=run.journal)
     if not fix:
         return operation.report(diagnosis)
     if dry_run or not diagnosis.mends:
         return operation.preview_fix(diagnosis)
-    operation.require_stopped(run.settings, word=service_stopped)
+    require_stopped(run.settings, doors.connection(run), operators_word=service_stopped, accept_live=False)
     run.confirm(f"Change {diagnosis.mends:,} rows? `opsctl keys doctor --fix --dry-run` lists them")
     return operation.fix(
-        _database(run),
+        doors.connection(run),
         diagnosis,
         run_id=run.run_id,
         environment=run.settings.environment,
-        place=_place(run),
+        place=doors.place(run),
         state_dir=run.settings.state_dir,
         keep_archives=timedelta(days=run.settings["ARCHIVE_KEEP_DAYS"]),
         journal=run.journal,
     )
-
-
-def _place(run: Invocation) -> str:
-    """The database's name for people."""
-    from opsctl import db
-
-    return db.place(db.address(run.settings))
-
-
-def _database(run: Invocation) -> "Callable[[], AbstractContextManager[Connection]]":
-    """Opens a connection under the run's deadline, when called; PostgreSQL shows it under the command's name."""
-    from opsctl import db
-    from opsctl.stores.keys import application_name
-
-    address = db.address(run.settings) | {"application_name": application_name(run.command)}
-
-    @contextmanager
-    def open_connection() -> Iterator["Connection"]:
-        with db.connect(address, run.deadline.remaining()) as connection:
-            yield connection
-
-    return open_connection

@@ -1,14 +1,13 @@
 """`opsctl sessions ...`: Baileys session folders."""
 
-from contextlib import suppress
 from dataclasses import replace as replace_fields
-from datetime import timedelta
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from opsctl.cli import doors
 from opsctl.cli.frame import EMERGENCY_DEADLINE_S, Companies, DryRun, Group, Invocation, Since, Yes, command
 from opsctl.report import Report
 
@@ -16,11 +15,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from contextlib import AbstractContextManager
 
-    from opsctl.db import Connection
     from opsctl.operations.restore import Wish
     from opsctl.operations.sources import Found
     from opsctl.stores.publishing import Owner
-    from opsctl.stores.rewriting import Archiving
 
 app = typer.Typer(cls=Group, help="Baileys session folders: restore, verify, list, undo.")
 
@@ -132,12 +129,12 @@ def restore(
     from opsctl.operations.single_owner import how_stopped
 
     run: Invocation = ctx.obj
-    target = to.absolute() if to else run.settings.sessions_dir
+    target = doors.sessions_dir(run, to, "--to DIR")
     if skip_restart and not switch:
         raise UsageError("--skip-restart is of --switch", hint="without --switch no service is touched")
     wish = Wish(
         target=target,
-        owner=_owner(run, owner, target),
+        owner=doors.owner(run, owner, target),
         environment=run.settings.environment,
         run_id=run.run_id,
         companies=tuple(company or ()),
@@ -155,7 +152,7 @@ def restore(
     if replace or discard_changes:
         run.confirm(f"Set aside what stands in {target} and restore over it?")
     stopped = how_stopped(
-        run.settings, _short_connection(run), operators_word=service_stopped, accept_live=accept_live_service
+        run.settings, doors.short_connection(run), operators_word=service_stopped, accept_live=accept_live_service
     )
     wish = replace_fields(wish, service_stopped=stopped)
     return restore_sessions(find, wish, journal=run.journal, remaining=run.deadline.remaining)
@@ -183,7 +180,7 @@ def _switch(
     switching = SwitchWish(
         restore=wish,
         skip_restart=skip_restart,
-        nobody_writes=lambda: nobody_writes(_short_connection(run)),
+        nobody_writes=lambda: nobody_writes(doors.short_connection(run)),
         last_sync=lambda: last_sync(run.settings, wish.owner, run_id=run.run_id),
         limited=lambda: run.deadline.limited(seconds),
     )
@@ -238,8 +235,8 @@ def failback(
     from opsctl.operations.three_way import Prefer as Preferred
 
     run: Invocation = ctx.obj
-    folders = source.absolute() if source else run.settings.sessions_dir
-    database, connection = run.database(), _connection(run)
+    folders = doors.sessions_dir(run, source, "--from DIR")
+    database, connection = run.database(), doors.connection(run)
     wish = failing_back.FailbackWish(
         source=folders,
         environment=run.settings.environment,
@@ -248,7 +245,7 @@ def failback(
         new_identities=frozenset(new_identity or ()),
         adopt=adopt,
         form=StoredForm(stored) if (stored := run.settings["STORED_FORM"]) else None,
-        archiving=_archiving(run),
+        archiving=doors.archiving(run),
     )
     undo_wish = UndoWish(undo or "", folders, wish.companies, wish.environment, run.settings.state_dir)
     if dry_run:
@@ -262,7 +259,7 @@ def failback(
             wish=wish,
             open_snapshot=database,
             open_connection=connection,
-            nobody_writes=lambda: nobody_writes(_short_connection(run)),
+            nobody_writes=lambda: nobody_writes(doors.short_connection(run)),
             limited=lambda: run.deadline.limited(seconds),
             confirm=run.confirm,
         )
@@ -321,19 +318,21 @@ def repair(
         companies=tuple(company),
         source=RepairSource(source),
         missing_only=missing_only,
-        folders=folders.absolute() if folders else _sessions_dir(run),
+        folders=folders.absolute() if folders else doors.sessions_dir_if_set(run),
         standby=Standby(settings.standby_dir, settings.environment),
-        archiving=_archiving(run),
+        archiving=doors.archiving(run),
         form=StoredForm(stored) if (stored := settings["STORED_FORM"]) else None,
     )
     if not dry_run:
-        require_stopped(settings, _connection(run), operators_word=service_stopped, accept_live=accept_live_service)
+        require_stopped(
+            settings, doors.connection(run), operators_word=service_stopped, accept_live=accept_live_service
+        )
     plan = plan_repair(run.database(), wish, journal=run.journal)
     if dry_run:
         return plan.preview()
     if plan.writes:
         run.confirm(plan.question)
-    return plan.write(_connection(run), journal=run.journal)
+    return plan.write(doors.connection(run), journal=run.journal)
 
 
 @command(
@@ -362,7 +361,7 @@ def undo(
     from opsctl.stores.publishing import Owner
 
     run: Invocation = ctx.obj
-    target = to.absolute() if to else run.settings.sessions_dir
+    target = doors.sessions_dir(run, to, "--to DIR")
     wish = UndoWish(run_id, tuple(company or ()), discard_changes, run.settings.environment)
     owner = Owner.of(target) if target.exists() else Owner.current()
     if dry_run:
@@ -398,7 +397,7 @@ def verify(
     from opsctl.operations.verify import verify_against, verify_folders
 
     run: Invocation = ctx.obj
-    target = folder.absolute() if folder else run.settings.sessions_dir
+    target = doors.sessions_dir(run, folder, "DIR")
     companies = tuple(company or ())
     if against is None:
         return verify_folders(target, companies=companies, journal=run.journal)
@@ -419,28 +418,9 @@ def list_(ctx: typer.Context, to: To = None, company: Companies = None) -> Repor
     from opsctl.stores.standby import Standby
 
     run: Invocation = ctx.obj
-    target = to.absolute() if to else run.settings.sessions_dir
+    target = doors.sessions_dir(run, to, "--to DIR")
     standby = Standby(run.settings.standby_dir, run.settings.environment)
     return list_sessions(run.database(), target, standby=standby, companies=tuple(company or ()), journal=run.journal)
-
-
-def _owner(run: Invocation, name: str | None, target: Path) -> "Owner":
-    """--owner, else the owner of APP_DIR, else of the folder as it stands, else whoever runs this."""
-    from opsctl.errors import SettingsError
-    from opsctl.stores.publishing import Owner
-
-    if name is not None:
-        return Owner.named(name)
-    app_dir = run.settings["APP_DIR"]
-    if app_dir is not None:
-        with suppress(OSError):
-            if app_dir.is_dir():
-                return Owner.of(app_dir)
-        raise SettingsError(f"APP_DIR ({app_dir}) is not a folder", hint="correct it, or pass --owner USER")
-    try:
-        return Owner.of(target)
-    except OSError:  # missing, or out of reach: for `check_root` to say
-        return Owner.current()
 
 
 def _sources(
@@ -473,51 +453,3 @@ def _sources(
     if wanted is RestoreSource.CACHE or (anything and (settings["CREDENTIALS_CACHE_FILE"] or settings["APP_DIR"])):
         places = replace_fields(places, cache=settings.cache_file)
     return lambda: found(places, remaining=run.deadline.remaining)
-
-
-def _sessions_dir(run: Invocation) -> Path | None:
-    from opsctl.errors import SettingsError
-
-    with suppress(SettingsError):
-        return run.settings.sessions_dir
-    return None
-
-
-def _archiving(run: Invocation) -> "Archiving":
-    """How this run archives the rows that it changes."""
-    from opsctl import db
-    from opsctl.stores.rewriting import Archiving
-
-    settings = run.settings
-    return Archiving(
-        run_id=run.run_id,
-        command=run.command,
-        environment=settings.environment,
-        database=db.place(db.address(settings)),
-        state_dir=settings.state_dir,
-        keep=timedelta(days=settings["ARCHIVE_KEEP_DAYS"]),
-    )
-
-
-_CONNECT_S, _NOBODY_WRITES_S = 2.0, 6.0
-"""For connecting, and standing still for three seconds: a frozen server must not use the deadline up."""
-
-
-def _short_connection(run: Invocation) -> "Callable[[], AbstractContextManager[Connection]] | None":
-    """Opens a connection for a look at who writes; None where no database is set."""
-    from opsctl import db
-    from opsctl.errors import SettingsError
-
-    try:
-        address = db.address(run.settings)
-    except SettingsError:
-        return None
-    return lambda: db.connect(address, _NOBODY_WRITES_S, connect_s=_CONNECT_S)
-
-
-def _connection(run: Invocation) -> "Callable[[], AbstractContextManager[Connection]]":
-    """Opens a connection to the database under the run's deadline, when called."""
-    from opsctl import db
-
-    address = db.address(run.settings)
-    return lambda: db.connect(address, run.deadline.remaining())

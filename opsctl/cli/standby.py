@@ -1,16 +1,13 @@
 """`opsctl standby ...`: the warm copy of every company's sessions."""
 
-from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from opsctl.cli import doors
 from opsctl.cli.frame import Companies, DryRun, Group, Invocation, command
-from opsctl.cli.sessions import _owner
-from opsctl.errors import SettingsError
 from opsctl.report import Report
 
 if TYPE_CHECKING:
@@ -58,7 +55,7 @@ def sync(
         accept=tuple(accept or ()),
         full=full,
     )
-    open_live = partial(live_sessions, run.database(), _sessions_dir(run), now=now)
+    open_live = partial(live_sessions, run.database(), doors.sessions_dir_if_set(run), now=now)
     if dry_run:
         return preview_sync(open_live, _standby(run), wish, journal=run.journal, now=now)
     return sync_standby(open_live, _standby(run), wish, journal=run.journal, now=now)
@@ -87,13 +84,6 @@ def _standby(run: Invocation) -> "Standby":
     from opsctl.stores.publishing import Owner
     from opsctl.stores.standby import Standby
 
-    sessions_dir = _sessions_dir(run)
-    owner = _owner(run, None, sessions_dir) if sessions_dir else Owner.current()
+    sessions_dir = doors.sessions_dir_if_set(run)
+    owner = doors.owner(run, None, sessions_dir) if sessions_dir else Owner.current()
     return Standby(run.settings.standby_dir, run.settings.environment, owner)
-
-
-def _sessions_dir(run: Invocation) -> Path | None:
-    """The sessions folder, or None: to keep a copy, none has to be named."""
-    with suppress(SettingsError):
-        return run.settings.sessions_dir
-    return None

@@ -101,7 +101,8 @@ def fallback_of(settings: Settings) -> Fallback:
     needed = ("APP_DIR", "FALLBACK_DIR", "FALLBACK_DRY_BOOT_COMMAND")
     missing = [name for name in needed if not settings[name]]
     if missing:
-        raise SettingsError(f"{', '.join(missing)} is not set", hint="opsctl config show")
+        verb = "is" if len(missing) == 1 else "are"
+        raise SettingsError(f"{', '.join(missing)} {verb} not set", hint="opsctl config show")
     app_dir, folder = Path(settings["APP_DIR"]), Path(settings["FALLBACK_DIR"])
     if folder == app_dir or app_dir.is_relative_to(folder):
         raise SettingsError(f"FALLBACK_DIR ({folder}) is APP_DIR, or above it", hint="choose a folder beside APP_DIR")
