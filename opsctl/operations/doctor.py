@@ -19,7 +19,6 @@ from opsctl.baileys.filenames import UnwritableName, folder_name, parse_key_file
 from opsctl.baileys.key_types import KNOWN, is_own_sender_key, sender_key_encoding, shape_problem
 from opsctl.errors import HalfDone, OpsctlError, Refused
 from opsctl.report import Column, Failure, Report
-from opsctl.services import manager, proven_stopped
 from opsctl.stores import exchange, keys
 from opsctl.stores.archive import Head, new_archive, unwritable
 from opsctl.stores.exchange import KeyName, Patch
@@ -32,7 +31,6 @@ if TYPE_CHECKING:
 
     from opsctl.db import Connection
     from opsctl.journal import Journal
-    from opsctl.settings import Settings
     from opsctl.stores.archive import Archive
     from opsctl.stores.postgres import Snapshot
     from opsctl.stores.records import Record
@@ -428,19 +426,6 @@ def preview_fix(diagnosis: Diagnosis) -> Report:
         details=_details(rows),
         next_lines=["opsctl keys doctor --fix --service-stopped"] if rows else [],
     )
-
-
-def require_stopped(settings: Settings, *, word: bool) -> None:
-    """Raises `Refused` where a service runs, and where nobody can tell without the operator's word."""
-    proof = proven_stopped(manager(settings))
-    if proof.stopped is False:
-        raise Refused(f"doctor --fix changes nothing under a running service: {proof.reason}", kind="live-service")
-    if proof.stopped is None and not word:
-        raise Refused(
-            f"doctor --fix wants the service stopped ({proof.reason})",
-            kind="live-service",
-            hint="stop it, then add --service-stopped",
-        )
 
 
 def _details(rows: Sequence[FindingRow]) -> list[str]:

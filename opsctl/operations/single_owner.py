@@ -42,8 +42,9 @@ def require_stopped(
         )
     proof = services.proven_stopped(manager)
     if not proof.stopped:
+        running = "; opsctl changes nothing under a running service" if proof.stopped is False else ""
         raise Refused(
-            f"the service is not proven stopped: {proof.reason}",
+            f"the service is not proven stopped: {proof.reason}{running}",
             kind="live-service",
             hint="stop it, then type this again",
         )
