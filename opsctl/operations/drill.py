@@ -65,28 +65,27 @@ def run_drill(
             elapsed_s = _rehearse(server, scene, checks, companies=companies, seed=seed, journal=journal)
         else:
             elapsed_s = rehearse_fault(fault, server, scene, checks, companies=companies, journal=journal)
+    done = f"{companies} companies x {keys:,} keys restored in {elapsed_s:.1f} s"
+    facts = {"companies": companies, "keys_per_company": keys, "fault": fault, "restore_s": elapsed_s}
+    return drill_report(checks, done, facts, not_measured=NOT_MEASURED, scope="files")
+
+
+def drill_report(checks: list[Check], done: str, facts: dict[str, Any], *, not_measured: str, scope: str) -> Report:
+    """How a drill went; `facts["restore_s"]` is its clock, `done` what it took, in words."""
     failed = [check for check in checks if not check.passed]
     failure = None
     if failed:
         failure = Failure("drill-failed", "; ".join(f"{check.check}: {check.seen}" for check in failed))
     return Report(
-        summary=f"{len(checks) - len(failed)} of {len(checks)} checks passed: {companies} companies x {keys:,} keys "
-        f"restored in {elapsed_s:.1f} s. Not measured: {NOT_MEASURED}",
+        summary=f"{len(checks) - len(failed)} of {len(checks)} checks passed: {done}. Not measured: {not_measured}",
         rows=checks,
         columns=_COLUMNS,
-        facts={
-            "companies": companies,
-            "keys_per_company": keys,
-            "fault": fault,
-            "restore_s": elapsed_s,
-            "not_measured": NOT_MEASURED,
-            "verdict": "failed" if failed else "passed",
-        },
+        facts=facts | {"not_measured": not_measured, "verdict": "failed" if failed else "passed"},
         next_lines=["opsctl drill history"],
         exit_code=1 if failed else 0,
         failure=failure,
-        rto_scope="files",
-        rto_elapsed_s=elapsed_s,
+        rto_scope=scope,
+        rto_elapsed_s=facts["restore_s"],
         rto_met=False if failed else None,
     )
 
@@ -265,8 +264,11 @@ class PastDrill:
     """One earlier drill."""
 
     at: str
+    kind: str
+    """`files`, the name of a fault, or `full`: with a service, until it is connected."""
     companies: int
-    keys_per_company: int
+    keys_per_company: int | None
+    """None where a service made the keys."""
     restore_s: float
     verdict: str
     trend: str
@@ -274,6 +276,7 @@ class PastDrill:
 
 _HISTORY_COLUMNS = (
     Column("When (UTC)", "at"),
+    Column("Kind", "kind"),
     Column("Companies", "companies", numeric=True),
     Column("Keys each", "keys_per_company", numeric=True),
     Column("Restore s", "restore_s", numeric=True),
@@ -283,18 +286,26 @@ _HISTORY_COLUMNS = (
 _BAR = 24
 
 
+def _kind(facts: dict[str, Any]) -> str:
+    return "full" if facts.get("full") else str(facts.get("fault") or "files")
+
+
 def drill_history(entries: Iterator[dict[str, Any]], *, last: int) -> Report:
     """How the measured restore developed, oldest first."""
     drills = [e for e in entries if e.get("command") == "drill run" and isinstance(e.get("facts"), dict)][-last:]
-    longest = max((float(e["facts"].get("restore_s", 0)) for e in drills), default=0.0) or 1.0
+    longest: dict[str, float] = {}
+    for entry in drills:
+        kind = _kind(entry["facts"])
+        longest[kind] = max(float(entry["facts"].get("restore_s", 0)), longest.get(kind, 0.0))
     rows = [
         PastDrill(
             at=str(entry["at"])[:16].replace("T", " "),
+            kind=_kind(facts),
             companies=int(facts.get("companies", 0)),
-            keys_per_company=int(facts.get("keys_per_company", 0)),
+            keys_per_company=facts.get("keys_per_company"),
             restore_s=float(facts.get("restore_s", 0)),
             verdict=str(facts.get("verdict", "")),
-            trend="#" * max(1, round(_BAR * float(facts.get("restore_s", 0)) / longest)),
+            trend="#" * max(1, round(_BAR * float(facts.get("restore_s", 0)) / (longest[_kind(facts)] or 1.0))),
         )
         for entry in drills
         for facts in [entry["facts"]]

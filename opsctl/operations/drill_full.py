@@ -23,11 +23,10 @@ import psycopg
 from opsctl import process
 from opsctl.embedded import LONGEST_SOCKET_PATH, SUPERUSER, embedded_server
 from opsctl.errors import Refused
-from opsctl.operations.drill import scratch_folder, translating
+from opsctl.operations.drill import drill_report, scratch_folder, translating
 from opsctl.operations.drill_scene import ENVIRONMENT, Check, Scene
 from opsctl.operations.fleet import create_schema
 from opsctl.queries import query
-from opsctl.report import Column, Failure, Report
 from opsctl.stores.publishing import Owner
 
 if TYPE_CHECKING:
@@ -35,6 +34,7 @@ if TYPE_CHECKING:
 
     from opsctl.embedded import EmbeddedServer
     from opsctl.journal import Journal
+    from opsctl.report import Report
 
 PROGRAMS = Path(__file__).parents[1] / "drill_service"
 SERVICE = "drill-service"
@@ -46,7 +46,6 @@ NOT_MEASURED = (
     "detection, decision, the network, WhatsApp's own login (a program stands for WhatsApp), and what a service loses "
     "that writes after the last warm copy (the contacts were silent then)"
 )
-_COLUMNS = (Column("Check", "check"), Column("Verdict", "verdict"), Column("Seen", "seen"))
 _NEEDED = ("node", "npm", "git")
 
 
@@ -87,30 +86,10 @@ def run_full_drill(*, companies: int, scratch: Path | None, packages: Path | Non
     checks: list[Check] = []
     with translating("full drill", scratch), scratch_folder("opsctl-drill-", scratch) as folder:
         timings = _rehearse(folder, checks, companies=companies, packages=packages, journal=journal)
-    failed = [check for check in checks if not check.passed]
-    failure = None
-    if failed:
-        failure = Failure("drill-failed", "; ".join(f"{check.check}: {check.seen}" for check in failed))
-    return Report(
-        summary=f"{len(checks) - len(failed)} of {len(checks)} checks passed: {companies} companies switched in "
-        f"{timings.switch_s:.1f} s and brought back in {timings.failback_s:.1f} s. Not measured: {NOT_MEASURED}",
-        rows=checks,
-        columns=_COLUMNS,
-        facts={
-            "companies": companies,
-            "full": True,
-            "restore_s": timings.switch_s,
-            "failback_s": timings.failback_s,
-            "not_measured": NOT_MEASURED,
-            "verdict": "failed" if failed else "passed",
-        },
-        next_lines=["opsctl drill history"],
-        exit_code=1 if failed else 0,
-        failure=failure,
-        rto_scope="connected",
-        rto_elapsed_s=timings.switch_s,
-        rto_met=False if failed else None,
-    )
+    switch_s, failback_s = timings.switch_s, timings.failback_s
+    done = f"{companies} companies switched in {switch_s:.1f} s and brought back in {failback_s:.1f} s"
+    facts = {"companies": companies, "full": True, "restore_s": switch_s, "failback_s": failback_s}
+    return drill_report(checks, done, facts, not_measured=NOT_MEASURED, scope="connected")
 
 
 def _rehearse(folder: Path, checks: list[Check], *, companies: int, packages: Path | None, journal: Journal) -> Timings:
