@@ -35,8 +35,26 @@ class Result(StrEnum):
     """The deadline, or a disk that gave up, came first."""
 
 
+class OfASource:
+    """What a table shows of where a company's sessions came from."""
+
+    __slots__ = ()
+    source: str
+    rpo_s: float | None
+
+    @property
+    def source_in_a_word(self) -> str:
+        """`source` for a table of 80 columns."""
+        return self.source.partition(" ")[0]
+
+    @property
+    def age(self) -> str | None:
+        """`rpo_s` for people: `37 s`, `12 min`, `3 h`, `40 d`."""
+        return None if self.rpo_s is None else duration(self.rpo_s)
+
+
 @dataclass(frozen=True, slots=True)
-class CompanyRow:
+class CompanyRow(OfASource):
     """One company in the answer. Files are counted with creds.json, keys without."""
 
     company: str
@@ -69,16 +87,6 @@ class CompanyRow:
     def copy_in_a_word(self) -> str:
         """`copy` for a table of 80 columns; the warning below it has the whole sentence."""
         return "stale?" if self.copy == "possibly stale" else self.copy
-
-    @property
-    def source_in_a_word(self) -> str:
-        """`source` for a table of 80 columns."""
-        return self.source.partition(" ")[0]
-
-    @property
-    def age(self) -> str | None:
-        """`rpo_s` for people: `37 s`, `12 min`, `3 h`, `40 d`."""
-        return None if self.rpo_s is None else duration(self.rpo_s)
 
 
 _COLUMNS = (

@@ -19,10 +19,10 @@ from opsctl.errors import HalfDone, OpsctlError, Refused, SettingsError, SourceU
 from opsctl.operations import fallback as fallback_code
 from opsctl.operations.connecting import Connections, connection_failure, wait_connected
 from opsctl.operations.restore import preview_restore, restore
-from opsctl.operations.restore_report import Result
+from opsctl.operations.restore_report import OfASource, Result
 from opsctl.operations.single_owner import PROVEN
 from opsctl.operations.undo import UndoWish, undo_locked
-from opsctl.report import Column, Failure, Report, duration
+from opsctl.report import Column, Failure, Report
 from opsctl.services import LogMark, State
 from opsctl.signals import held_back
 from opsctl.stores import env_file
@@ -97,7 +97,7 @@ class SwitchWish:
 
 
 @dataclass(frozen=True, slots=True)
-class SwitchRow:
+class SwitchRow(OfASource):
     """One company in the answer."""
 
     company: str
@@ -110,16 +110,6 @@ class SwitchRow:
     """How long after the start it was connected; None where it was not, or nobody looked."""
     warnings: tuple[str, ...] = ()
     reason: str | None = None
-
-    @property
-    def source_in_a_word(self) -> str:
-        """`source` for a table of 80 columns."""
-        return self.source.partition(" ")[0]
-
-    @property
-    def age(self) -> str | None:
-        """`rpo_s` for people."""
-        return None if self.rpo_s is None else duration(self.rpo_s)
 
 
 _COLUMNS = (
