@@ -15,6 +15,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tests.integration import silence
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -134,22 +136,14 @@ def free_port() -> int:
 
 @contextlib.contextmanager
 def accepts_and_never_answers() -> Iterator[str]:
-    with socket.create_server(("127.0.0.1", 0), backlog=50) as server:
-        yield f"http://k@127.0.0.1:{server.getsockname()[1]}/1"
+    with silence.accepts_and_never_answers() as port:
+        yield f"http://k@127.0.0.1:{port}/1"
 
 
 @contextlib.contextmanager
 def full_backlog() -> Iterator[str]:
-    """The kernel drops what would connect, as a host behind a silent firewall does."""
-    with contextlib.ExitStack() as open_sockets:
-        server = open_sockets.enter_context(socket.socket())
-        server.bind(("127.0.0.1", 0))
-        server.listen(0)
-        for _ in range(8):
-            client = open_sockets.enter_context(socket.socket())
-            client.setblocking(False)
-            client.connect_ex(server.getsockname())
-        yield f"http://k@127.0.0.1:{server.getsockname()[1]}/1"
+    with silence.full_backlog() as port:
+        yield f"http://k@127.0.0.1:{port}/1"
 
 
 @contextlib.contextmanager

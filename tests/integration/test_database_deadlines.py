@@ -24,6 +24,7 @@ from opsctl.operations.fleet import create_schema
 from tests import needs
 from tests.conftest import Database
 from tests.integration.fleet import FIRST, SECOND, Fleet, contents, results, rows_of, unchanged
+from tests.integration.silence import accepts_and_never_answers, full_backlog
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -80,26 +81,6 @@ def ends_with_4(fleet: Fleet, *words: str, between: tuple[float, float], kind: s
 
 
 # --- a server, or an address, that says nothing -----------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def accepts_and_never_answers() -> Iterator[int]:
-    with socket.create_server(("127.0.0.1", 0), backlog=50) as server:
-        yield server.getsockname()[1]
-
-
-@contextlib.contextmanager
-def full_backlog() -> Iterator[int]:
-    """The kernel drops what would connect, as a host behind a silent firewall does."""
-    with contextlib.ExitStack() as open_sockets:
-        server = open_sockets.enter_context(socket.socket())
-        server.bind(("127.0.0.1", 0))
-        server.listen(0)
-        for _ in range(8):
-            client = open_sockets.enter_context(socket.socket())
-            client.setblocking(False)
-            client.connect_ex(server.getsockname())
-        yield server.getsockname()[1]
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ import pytest
 from opsctl.operations.faults import Fault
 from opsctl.state import State
 from tests import needs
+from tests.integration.processes import processes_of
 from tests.integration.receivers import Recorder, recording
 
 if TYPE_CHECKING:
@@ -96,20 +97,8 @@ class Stage:
         document: dict[str, Any] = json.loads(done.stdout)
         return document
 
-    def processes(self) -> list[str]:
-        """Whatever runs with our scratch folder among its words or variables."""
-        found = []
-        for process in Path("/proc").glob("[0-9]*"):
-            try:
-                said = (process / "cmdline").read_bytes() + (process / "environ").read_bytes()
-            except OSError:
-                continue
-            if os.fsencode(self.scratch) in said and int(process.name) != os.getpid():
-                found.append(f"{process.name} {(said[:200])!r}")
-        return found
-
     def nothing_is_left(self) -> None:
-        assert self.processes() == []
+        assert processes_of(self.scratch) == []
         assert list(self.scratch.iterdir()) == []
         assert list(self.temporary.iterdir()) == []
 
@@ -300,7 +289,7 @@ def test_a_drill_that_is_killed_leaves_no_process(stage: Stage) -> None:
         process.kill()
         process.communicate()
         deadline = time.monotonic() + 10
-        while left := stage.processes():
+        while left := processes_of(stage.scratch):
             assert time.monotonic() < deadline, left
             time.sleep(0.05)
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.baileys.door import install, link_programs
+from tests.integration.processes import processes_of
 from tests.switch.rig import HERE
 
 if TYPE_CHECKING:
@@ -42,21 +43,9 @@ def path(tmp_path: Path) -> str:
     return f"{tmp_path / 'bin'}:{os.environ['PATH']}"
 
 
-def processes(scratch: Path) -> list[str]:
-    found = []
-    for process in Path("/proc").glob("[0-9]*"):
-        try:
-            said = (process / "cmdline").read_bytes() + (process / "environ").read_bytes()
-        except OSError:
-            continue
-        if os.fsencode(scratch) in said and int(process.name) != os.getpid():
-            found.append(f"{process.name} {said[:200]!r}")
-    return found
-
-
 def nothing_is_left(scratch: Path) -> None:
     give_up_at = time.monotonic() + 15
-    while left := processes(scratch):
+    while left := processes_of(scratch):
         assert time.monotonic() < give_up_at, left
         time.sleep(0.1)
 

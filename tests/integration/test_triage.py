@@ -33,7 +33,8 @@ from tests.baileys.door import HERE as BAILEYS
 from tests.baileys.door import install, node
 from tests.conftest import Database
 from tests.integration.fleet import FIRST, KEYS, SECOND, Fleet
-from tests.integration.test_database_deadlines import accepts_and_never_answers, full_backlog, tcp_url
+from tests.integration.silence import accepts_and_never_answers, full_backlog
+from tests.integration.test_database_deadlines import tcp_url
 from tests.integration.test_restore_damage import VALUE, damage
 from tests.integration.test_restore_killed import mounted_fuse
 from tests.integration.test_restore_targets import mounted
