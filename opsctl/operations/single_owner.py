@@ -49,11 +49,7 @@ def require_stopped(
             hint="stop it, then type this again",
         )
     if not nobody_writes(open_connection):
-        raise Refused(
-            "the services are stopped, but somebody goes on changing the tables of sessions",
-            kind="live-service",
-            hint="look for it in pg_stat_activity, stop it, then type this again",
-        )
+        raise somebody_writes()
     return PROVEN
 
 
@@ -71,6 +67,15 @@ def how_stopped(
     if settings["SERVICE_MANAGER"] == "none" or accept_live:
         return OPERATOR if operators_word and not accept_live else ""
     return require_stopped(settings, open_connection, operators_word=operators_word, accept_live=False)
+
+
+def somebody_writes() -> Refused:
+    """The refusal where a program that no service manager knows changes the tables."""
+    return Refused(
+        "the services are stopped, but somebody goes on changing the tables of sessions",
+        kind="live-service",
+        hint="look for it in pg_stat_activity, stop it, then type this again",
+    )
 
 
 def nobody_writes(open_connection: Callable[[], AbstractContextManager[Connection]] | None) -> bool:

@@ -20,7 +20,7 @@ from opsctl.operations import fallback as fallback_code
 from opsctl.operations.connecting import Connections, connection_failure, wait_connected
 from opsctl.operations.restore import preview_restore, restore
 from opsctl.operations.restore_report import OfASource, Result
-from opsctl.operations.single_owner import PROVEN
+from opsctl.operations.single_owner import PROVEN, somebody_writes
 from opsctl.operations.undo import UndoWish, undo_locked
 from opsctl.report import Column, Failure, Report
 from opsctl.services import LogMark, State
@@ -547,11 +547,7 @@ def stop_proven(manager: Manager, nobody_writes: Callable[[], bool], *, journal:
         services.stop(manager)
     with journal.step("prove that nobody writes"):
         if not nobody_writes():
-            raise Refused(
-                "the services are stopped, but somebody goes on changing the tables of sessions",
-                kind="live-service",
-                hint="look for it in pg_stat_activity, stop it, then type this again",
-            )
+            raise somebody_writes()
 
 
 def undo_switch(
