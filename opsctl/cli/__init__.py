@@ -60,5 +60,5 @@ def opsctl_(
 
 
 def main() -> None:
-    """The console script."""
+    """The whole of a run, from `sys.argv` to its exit code."""
     sys.exit(frame.main(app))

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+import opsctl
 from tests import needs
 
 if TYPE_CHECKING:
@@ -659,3 +660,19 @@ def test_the_command_tree_imports_nothing_that_only_some_commands_need() -> None
         "orjson",
     }
     assert not others & set(loaded)
+
+
+def test_ctrl_c_while_it_starts_ends_it_without_a_traceback(tmp_path: Path) -> None:
+    (tmp_path / "typer.py").write_text("import time; print('importing', flush=True); time.sleep(30)")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "opsctl", "triage"],
+        env={"PATH": os.environ["PATH"], "PYTHONPATH": f"{tmp_path}:{Path(opsctl.__file__).parents[1]}"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "importing\n"
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=10)
+    assert (process.returncode, stderr) == (-signal.SIGINT, "")
