@@ -43,10 +43,13 @@ def namespace(kind: Literal["mount", "user"]) -> pytest.MarkDecorator:
 
 
 def debian(package: str) -> pytest.MarkDecorator:
-    """The test runs a program of this Debian package."""
-    # A user's PATH has no sbin.
-    found = shutil.which(_PROGRAMS[package], path=f"{os.environ.get('PATH', '')}:/usr/local/sbin:/usr/sbin:/sbin")
-    return _mark(found is not None, f"what needs the Debian package {package}")
+    """The test runs the program of this Debian package, by its path: `program` has it."""
+    return _mark(program(package) is not None, f"what needs the Debian package {package}")
+
+
+def program(package: str) -> str | None:
+    """Where the program of this Debian package is; a user's PATH has no sbin."""
+    return shutil.which(_PROGRAMS[package], path=f"{os.environ.get('PATH', '')}:/usr/local/sbin:/usr/sbin:/sbin")
 
 
 def postgres15() -> pytest.MarkDecorator:

@@ -414,8 +414,11 @@ def mounted_fuse() -> Iterator[Path]:
         mount.mkdir()
         with image.open("wb") as file:
             file.truncate(64 * 1024 * 1024)
-        subprocess.run(["mkfs.ext4", "-q", "-O", "^has_journal", image], check=True)
-        done = subprocess.run(["fuse2fs", image, mount, "-o", "fakeroot"], capture_output=True, check=False)
+        make, mount_it = needs.program("e2fsprogs"), needs.program("fuse2fs")
+        assert make is not None
+        assert mount_it is not None
+        subprocess.run([make, "-q", "-O", "^has_journal", image], check=True)
+        done = subprocess.run([mount_it, image, mount, "-o", "fakeroot"], capture_output=True, check=False)
         if done.returncode != 0 or not mount.is_mount():
             pytest.skip(f"{needs.NOT_PROVEN}a real filesystem without exchange (FUSE)")
         try:

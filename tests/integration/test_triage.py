@@ -332,9 +332,8 @@ def test_out_of_connections_at_a_pooler(over_tcp: Scene, tcp_server: EmbeddedSer
         f"[pgbouncer]\nlisten_addr=127.0.0.1\nlisten_port={port}\nunix_socket_dir=\nauth_type=scram-sha-256\n"
         f"auth_file={place}/users\nmax_client_conn=1\n"
     )
-    path = f"{os.environ['PATH']}:/usr/sbin"
     as_nobody = {"user": 65534} if os.geteuid() == 0 else {}
-    program_ = shutil.which("pgbouncer", path=path)
+    program_ = needs.program("pgbouncer")
     assert program_
     pooler = subprocess.Popen([program_, "-q", place / "pgbouncer.ini"], stderr=subprocess.DEVNULL, **as_nobody)  # type: ignore[call-overload]
     try:
@@ -563,7 +562,7 @@ def test_a_disk_that_does_not_answer(scene: Scene) -> None:
         (filesystem,) = [
             int(path.parent.name)
             for path in Path("/proc").glob("[0-9]*/cmdline")
-            if path.read_bytes().startswith(b"fuse2fs\0") and str(mount).encode() in path.read_bytes()
+            if b"fuse2fs\0" in path.read_bytes() and str(mount).encode() in path.read_bytes()
         ]
         os.kill(filesystem, signal.SIGSTOP)
         try:
