@@ -426,6 +426,9 @@ def test_a_replica_that_lagged_and_was_promoted_is_held_and_the_last_good_copy_r
         fleet.seed()
         warm = Warm(fleet, place / "standby")
         promoted = Database(replica, "postgres")
+        with fleet.database.connect() as connection:
+            connection.execute("SET synchronous_commit = on")  # this commit writes what the others left in memory, too
+            connection.execute("CREATE TABLE committed_last ()")
         ((written,),) = fleet.database.execute("SELECT pg_current_wal_lsn()")
         until(lambda: promoted.execute("SELECT pg_last_wal_replay_lsn() >= %s", [written]) == [(True,)])
         promoted.execute("ALTER SYSTEM SET primary_conninfo = ''")

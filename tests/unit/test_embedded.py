@@ -65,7 +65,10 @@ def all_shared_memory() -> set[str]:
 
 
 def tree_below(pid: int) -> list[int]:
-    children = [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    try:
+        children = [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    except FileNotFoundError:  # the process of a connection that has just been closed
+        return []
     return [pid, *(descendant for child in children for descendant in tree_below(child))]
 
 
