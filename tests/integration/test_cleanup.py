@@ -540,3 +540,27 @@ def test_a_batch_adapts_to_what_it_takes() -> None:
         batch.adapt(done, seconds)
         sizes.append(batch.size)
     assert sizes == [200, 200, 200, 100, 50, 100]
+
+
+def test_a_batch_grows_over_what_changes_nothing_and_is_cut_to_what_it_may_change() -> None:
+    batch = Batch(4, fewest=4, most=256, aim_s=0.025, most_changed=4)
+    sizes = []
+    for done, changed in [(4, 4), (4, 0), (8, 0), (16, 1), (32, 32), (4, 3)]:
+        batch.adapt(done, 0.001, changed=changed)
+        sizes.append(batch.size)
+    assert sizes == [4, 8, 16, 32, 4, 5]
+
+
+def test_with_a_pause_no_transaction_changes_more_blocks_than_a_service_may_wait_for(fleet: Fleet) -> None:
+    fleet.database.execute("TRUNCATE whatsapp_keys")
+    fleet.database.execute(
+        "INSERT INTO whatsapp_keys (company_id, key_type, key_id, value, updated_at, expires_at)"
+        " SELECT %s, 'session', n || '.0', '{}', now() - interval '40 days', '2020-01-01'"
+        " FROM generate_series(1, 9000) AS n",
+        [FIRST],
+    )
+    ((blocks,),) = fleet.database.execute("SELECT pg_relation_size('whatsapp_keys') / 8192")
+    assert blocks > 60
+    facts = cleaned(fleet, "--pause-ratio", "0.01")["facts"]
+    assert facts["deleted"] == 9000
+    assert facts["transactions"] >= blocks / 4
