@@ -159,6 +159,18 @@ def to_form(value: object, form: StoredForm) -> object:
             raise ValueError(f"{form.value} is not a form to write bytes in")
 
 
+def in_form(normalised: bytes, form: StoredForm) -> str:
+    """A normalised value as JSON text with its bytes in one of the three forms.
+
+    >>> in_form(b'{"type":"Buffer","data":"AQI="}', StoredForm.JSON_STRINGIFY)
+    '{"type":"Buffer","data":[1,2]}'
+    """
+    # Most values hold no bytes (a session is bare base64 strings), and those of others have this form already.
+    if form is StoredForm.BASE64 or _MAY_HOLD_BYTES.search(normalised) is None:
+        return normalised.decode()
+    return orjson.dumps(to_form(revive(orjson.loads(normalised)), form)).decode()
+
+
 def bytes_of(value: object) -> bytes | None:
     """The bytes of one field in any form, None if it is no byte object.
 

@@ -16,8 +16,6 @@ from functools import partial
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any
 
-import orjson
-
 from opsctl.baileys import buffers
 from opsctl.baileys.filenames import UnwritableName, folder_name, is_company_id
 from opsctl.baileys.key_types import shown_key_id
@@ -430,7 +428,7 @@ def _write(rows: Rewriting, plan: CompanyPlan, folder_fd: int) -> None:
     rows.delete((c.key_type, c.key_id) for c in plan.changes if c.action is Action.DELETED)
     rows.put(_new_rows(plan, folder_fd, expected))
     if plan.creds is not None:
-        rows.put_creds(stored(plan.creds, plan.form), plan.creds_updated_at)
+        rows.put_creds(buffers.in_form(plan.creds, plan.form), plan.creds_updated_at)
     check_rows(rows, expected, plan.creds)
 
 
@@ -444,13 +442,8 @@ def _new_rows(plan: CompanyPlan, folder_fd: int, expected: dict[tuple[str, str],
             raise Refused(f"its file {change.file!a} was written while it was planned; is the service stopped?")
         value = buffers.normalise(data).data
         expected[change.key_type, change.key_id] = identity(value)
-        text = stored(value, plan.form)
+        text = buffers.in_form(value, plan.form)
         yield NewRow(change.key_type, change.key_id, text, change.updated_at, change.expires_at)
-
-
-def stored(normalised: bytes, form: StoredForm) -> str:
-    """A normalised value as the service stores it."""
-    return orjson.dumps(buffers.to_form(buffers.revive(orjson.loads(normalised)), form)).decode()
 
 
 def check_rows(rows: Rewriting, expected: dict[tuple[str, str], bytes], creds: bytes | None) -> None:

@@ -19,7 +19,7 @@ from opsctl.baileys import buffers, credentials, key_types
 from opsctl.baileys.buffers import StoredForm
 from opsctl.baileys.filenames import CREDS_FILE, folder_name, is_ignored, parse_key_file_name
 from opsctl.errors import Locked, Refused, SourceUnavailable
-from opsctl.operations.failback import NotVerified, check_rows, require_unwritten, stored
+from opsctl.operations.failback import NotVerified, check_rows, require_unwritten
 from opsctl.operations.sides import FORMS, identity
 from opsctl.report import Column, Failure, Report
 from opsctl.stores import keys
@@ -176,7 +176,9 @@ class Repair:
                                 expected = {key: identity(kept.value) for key, kept in plan.rows.items()}
                                 company_rows.put(_new_rows(plan))
                                 if plan.creds is not None:
-                                    company_rows.put_creds(stored(plan.creds, plan.form), plan.creds_updated_at)
+                                    company_rows.put_creds(
+                                        buffers.in_form(plan.creds, plan.form), plan.creds_updated_at
+                                    )
                                 check_rows(company_rows, expected, plan.creds)
                         except NotVerified as error:
                             rows.append(plan.row("not verified", error.message))
@@ -325,7 +327,7 @@ def _plan_creds(
 
 def _new_rows(plan: _CompanyPlan) -> Iterator[NewRow]:
     for (key_type, key_id), kept in plan.rows.items():
-        yield NewRow(key_type, key_id, stored(kept.value, plan.form), kept.updated_at, kept.expires_at)
+        yield NewRow(key_type, key_id, buffers.in_form(kept.value, plan.form), kept.updated_at, kept.expires_at)
 
 
 def _copy_of(company: str, wish: RepairWish) -> Iterator[tuple[tuple[str, str], _Kept]]:

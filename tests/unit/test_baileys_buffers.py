@@ -115,6 +115,15 @@ def test_every_form_comes_out_as_the_same_base64_and_goes_back(pair: dict[str, b
     assert to_form(revive(to_form(pair, form)), form) == to_form(pair, form)
 
 
+@given(VALUES, st.sampled_from(EVERY_FORM))
+def test_a_normalised_value_is_written_in_a_form_by_the_walk_also_where_it_is_left_as_it_is(
+    value: object, form: StoredForm
+) -> None:
+    once = normalise(as_jsonb_prints(value))
+    assume(once.problem is None)
+    assert orjson.loads(buffers.in_form(once.data, form)) == to_form(revive(orjson.loads(once.data)), form)
+
+
 def test_two_forms_in_one_value_are_reported_as_mixed() -> None:
     assert normalise(b'[{"type":"Buffer","data":[1]},{"0":1}]').form is StoredForm.MIXED
 
