@@ -19,6 +19,7 @@ from psycopg.rows import class_row
 
 from opsctl import greeting
 from opsctl.errors import DatabaseUnavailable, SettingsError
+from opsctl.retry import retrying
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -38,8 +39,6 @@ COUNTING_STALL_S = 120.0
 COPY_PIECE = 256 * 1024
 CONNECT_S = 5.0
 """All attempts to connect together."""
-ATTEMPTS = 3
-RETRY_WAITS_S = (0.1, 0.2, 0.4)
 _INTERVAL_S = 0.1
 
 # Parameters that other PostgreSQL clients put into DATABASE_URL and libpq does not know.
@@ -207,7 +206,11 @@ def connect(
     Raises `DatabaseUnavailable`, also for errors of statements inside the block.
     """
     give_up_at = time.monotonic() + (float("inf") if remaining_s is None else remaining_s)
-    connection = _connect_with_retry(parameters, min(give_up_at, time.monotonic() + connect_s))
+    try:
+        connection = _connect_with_retry(parameters, min(give_up_at, time.monotonic() + connect_s))
+    except DatabaseUnavailable as error:
+        error.transient = False  # it was waited for
+        raise
     connection.give_up_at = give_up_at
     try:
         yield connection
@@ -218,18 +221,7 @@ def connect(
 
 
 def _connect_with_retry(parameters: Mapping[str, Any], give_up_at: float) -> Connection:
-    import tenacity
-
-    def wait(state: tenacity.RetryCallState) -> float:
-        return RETRY_WAITS_S[min(state.attempt_number, len(RETRY_WAITS_S)) - 1]
-
-    retrying = tenacity.Retrying(
-        stop=lambda state: state.attempt_number >= ATTEMPTS or time.monotonic() >= give_up_at,
-        wait=wait,
-        retry=tenacity.retry_if_exception(lambda e: isinstance(e, DatabaseUnavailable) and e.transient),
-        reraise=True,
-    )
-    return retrying(_connect_once, parameters, give_up_at)
+    return retrying(give_up_at)(_connect_once, parameters, give_up_at)
 
 
 def _connect_once(parameters: Mapping[str, Any], give_up_at: float) -> Connection:

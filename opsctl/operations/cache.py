@@ -17,6 +17,7 @@ from opsctl.baileys.buffers import normalise, revive
 from opsctl.baileys.filenames import is_company_id
 from opsctl.errors import Refused, SourceUnavailable
 from opsctl.report import Column, Failure, Report, duration
+from opsctl.retry import only_reading
 from opsctl.stores import cache_file
 from opsctl.stores.cache_file import CredentialsCache, Validity
 
@@ -96,8 +97,8 @@ def inspect_cache(
         rows = {entry.company_id: _row(entry, now, ttl) for entry in found.entries.values()}
         rows |= {d.company_id: CacheRow(d.company_id, "damaged", findings=(d.problem,)) for d in found.damaged}
     if open_snapshot is not None:
-        with journal.step("ask the database"), open_snapshot() as snapshot:
-            theirs = snapshot.all_creds()
+        with journal.step("ask the database"):
+            theirs = _all_creds(open_snapshot)
         rows = _against(rows, found, theirs)
     rows = _asked_for(rows, companies, path)
     failure = _failure(path, found, list(rows.values()))
@@ -222,6 +223,12 @@ def _user(uid: int) -> str:
         return str(uid)
 
 
+@only_reading
+def _all_creds(open_snapshot: Callable[[], AbstractContextManager[Snapshot]]) -> dict[str, bytes]:
+    with open_snapshot() as snapshot:
+        return snapshot.all_creds()
+
+
 def find_creds(
     open_snapshot: Callable[[], AbstractContextManager[Snapshot]], *, companies: tuple[str, ...], journal: Journal
 ) -> tuple[dict[str, bytes], dict[str, str]]:
@@ -229,8 +236,8 @@ def find_creds(
 
     Raises `DatabaseUnavailable`, `SourceUnavailable` (no rows) and `Refused` (an unknown company).
     """
-    with journal.step("read credentials"), open_snapshot() as snapshot:
-        rows = snapshot.all_creds()
+    with journal.step("read credentials"):
+        rows = _all_creds(open_snapshot)
     if not rows:
         raise SourceUnavailable("whatsapp_auth holds no company", kind="no-rows", hint="opsctl config show")
     unknown = sorted(set(companies) - rows.keys())

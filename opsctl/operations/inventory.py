@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from opsctl.baileys.filenames import CREDS_FILE, UnwritableName, folder_name
 from opsctl.errors import DatabaseUnavailable, Refused
 from opsctl.report import Column, Failure, Report, duration
+from opsctl.retry import only_reading
 from opsctl.stores.folder import OPSCTL_FOLDER, opened, origin_of
 
 if TYPE_CHECKING:
@@ -69,8 +70,8 @@ def list_sessions(
     failure = None
     rows: dict[str, SessionRow] = {}
     try:
-        with journal.step("ask the database"), open_snapshot() as snapshot:
-            rows = _from_database(snapshot, moment)
+        with journal.step("ask the database"):
+            rows = _from_database(open_snapshot, moment)
     except DatabaseUnavailable as error:
         failure = Failure(error.kind, f"the database cannot be read: {error.message}", error.hint)
     warnings = _add_folders(rows, target, moment) + _add_copies(rows, standby, moment)
@@ -93,7 +94,15 @@ def list_sessions(
     )
 
 
-def _from_database(snapshot: Snapshot, now: datetime) -> dict[str, SessionRow]:
+@only_reading
+def _from_database(
+    open_snapshot: Callable[[], AbstractContextManager[Snapshot]], now: datetime
+) -> dict[str, SessionRow]:
+    with open_snapshot() as snapshot:
+        return _rows_of(snapshot, now)
+
+
+def _rows_of(snapshot: Snapshot, now: datetime) -> dict[str, SessionRow]:
     rows = {}
     for tenant in snapshot.tenants():
         by_type = tenant.keys_by_type or {}

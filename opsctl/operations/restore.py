@@ -15,11 +15,11 @@ from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
 import opsctl
-from opsctl import db
 from opsctl.baileys.filenames import CREDS_FILE, UnwritableName, folder_name
 from opsctl.errors import DatabaseUnavailable, Locked, OpsctlError, Refused, SourceUnavailable
 from opsctl.operations.restore_report import CompanyRow, Result, Telling, staged_row
 from opsctl.operations.sources import Kind, count_reasons, moment
+from opsctl.retry import WAITS_S
 from opsctl.stores.folder import Holding, opened, read_file
 from opsctl.stores.lanes import ABORT, END
 from opsctl.stores.publishing import Owner, check_root, locked_root, readable_root
@@ -362,7 +362,7 @@ class _Copying:
 
     def _is_open_again(self, source: Source, error: DatabaseUnavailable) -> bool:
         """Try a server that broke off again. Raises its error where nothing else is left, or the time is over."""
-        if error.transient and source.reopen is not None and self._reopened[source.name] < len(db.RETRY_WAITS_S):
+        if error.transient and source.reopen is not None and self._reopened[source.name] < len(WAITS_S):
             self._reopened[source.name] += 1
             with suppress(OpsctlError):
                 source.snapshot = source.reopen()

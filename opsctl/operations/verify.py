@@ -22,6 +22,7 @@ from opsctl.baileys.filenames import (
 )
 from opsctl.errors import Refused
 from opsctl.report import Column, Failure, Report
+from opsctl.retry import only_reading
 from opsctl.stores.folder import OPSCTL_FOLDER, entries_of, opened, origin_of, read_file
 from opsctl.stores.postgres import parse_rows
 from opsctl.stores.records import FileEntry, ManifestDamaged
@@ -87,6 +88,7 @@ def verify_folders(target: Path, *, companies: tuple[str, ...], journal: Journal
     return _report(target, rows, _COLUMNS)
 
 
+@only_reading
 def verify_against(
     open_snapshot: Callable[[], AbstractContextManager[Snapshot]],
     target: Path,

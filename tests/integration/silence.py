@@ -1,9 +1,11 @@
-"""Ports on this machine where nobody says anything."""
+"""Ports on this machine where nobody says anything, or not for long."""
 
 from __future__ import annotations
 
 import contextlib
 import socket
+import threading
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -28,3 +30,49 @@ def full_backlog() -> Iterator[int]:
             client.setblocking(False)
             client.connect_ex(server.getsockname())
         yield server.getsockname()[1]
+
+
+@dataclass
+class Cutter:
+    """What `cuts_off` has done."""
+
+    port: int
+    cut: int = 0
+    let_through: int = 0
+
+
+@contextlib.contextmanager
+def cuts_off(server_port: int, *, times: int, word: int) -> Iterator[Cutter]:
+    """A way to a server on which the first connections end, each as the client says its `word`-th word."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    cutter = Cutter(listener.getsockname()[1])
+
+    def answers(server: socket.socket, client: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while data := server.recv(65536):
+                client.sendall(data)
+        with contextlib.suppress(OSError):
+            client.shutdown(socket.SHUT_RDWR)
+
+    def serve(client: socket.socket) -> None:
+        with client, socket.create_connection(("127.0.0.1", server_port)) as server, contextlib.suppress(OSError):
+            threading.Thread(target=answers, args=(server, client), daemon=True).start()
+            words = 0
+            while data := client.recv(65536):
+                words += 1
+                if words == word and cutter.cut < times:
+                    cutter.cut += 1
+                    return
+                cutter.let_through += words == word
+                server.sendall(data)
+
+    def accept() -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                threading.Thread(target=serve, args=(listener.accept()[0],), daemon=True).start()
+
+    threading.Thread(target=accept, daemon=True).start()
+    try:
+        yield cutter
+    finally:
+        listener.close()

@@ -24,7 +24,7 @@ from opsctl.operations.fleet import create_schema
 from tests import needs
 from tests.conftest import Database
 from tests.integration.fleet import FIRST, SECOND, Fleet, contents, results, rows_of, unchanged
-from tests.integration.silence import accepts_and_never_answers, full_backlog
+from tests.integration.silence import accepts_and_never_answers, cuts_off, full_backlog
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -482,3 +482,42 @@ publishing.SessionsRoot.remove_trash = remove_trash
     done = forking.run("sessions", "restore", "--service-stopped", "--json", "--deadline", "2", env=env, before=slow)
     assert done.returncode == 0, done
     assert {row["result"] for row in done.json()["rows"]} == {"restored"}
+
+
+READING = {
+    "sessions list": (),
+    "sessions verify": ("--against", "database"),
+    "sessions failback": ("--dry-run", "--service-stopped"),
+    "standby sync": (),
+    "standby sync --dry-run": (),
+    "keys stats": (),
+    "keys cleanup": ("--dry-run",),
+    "keys doctor": (),
+    "cache warm": ("--dry-run",),
+}
+
+
+@pytest.mark.parametrize("command", READING)
+def test_what_only_reads_is_made_anew_where_the_connection_breaks_off_in_the_middle(
+    lonely: Fleet, private_server: EmbeddedServer, command: str
+) -> None:
+    words = (*command.split(), *READING[command], "--json")
+    lonely.env |= {
+        "STANDBY_DIR": str(lonely.place / "standby"),
+        "SESSIONS_DIR": str(lonely.target),
+        "CREDENTIALS_CACHE_FILE": str(lonely.place / "cache.json"),
+    }
+    expected = lonely.opsctl(*words)
+    assert expected.returncode in {0, 1}, expected  # 1: something was found
+    with cuts_off(private_server.port, times=2, word=7) as cutter:
+        lonely.env["DATABASE_URL"] = tcp_url(private_server, port=cutter.port)
+        done = lonely.opsctl(*words)
+        assert cutter.cut == 2
+        assert cutter.let_through == 1
+    assert done.returncode == expected.returncode, done
+    assert "error" not in done.json() or done.json()["error"] == expected.json()["error"]
+    with cuts_off(private_server.port, times=3, word=7) as cutter:
+        lonely.env["DATABASE_URL"] = tcp_url(private_server, port=cutter.port)
+        done = lonely.opsctl(*words)
+        assert (cutter.cut, cutter.let_through) == (3, 0)
+    assert done.json()["error"]["kind"] == "reset", done
