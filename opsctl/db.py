@@ -20,6 +20,7 @@ from psycopg.rows import class_row
 from opsctl import greeting
 from opsctl.errors import DatabaseUnavailable, SettingsError
 from opsctl.retry import retrying
+from opsctl.signals import wait_for
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -244,7 +245,7 @@ def _connect_once(parameters: Mapping[str, Any], give_up_at: float) -> Connectio
 
     threading.Thread(target=work, name="connect", daemon=True).start()
     patience_s = max(0.0, give_up_at - time.monotonic())
-    if not done.wait(patience_s):
+    if not wait_for(done, patience_s):
         abandoned.set()
         raise DatabaseUnavailable(
             f"PostgreSQL at {place(parameters)} did not answer within {patience_s:.1f} s",

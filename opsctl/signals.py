@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import signal
 import sys
+import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    import threading
     from collections.abc import Iterator
 
+_LOOK_S = 0.1
 _ASKING_TO_STOP = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGALRM)
 
 
@@ -40,3 +43,15 @@ def held_back(*forgotten: signal.Signals) -> Iterator[None]:
     for late in came:
         if late not in forgotten:
             signal.raise_signal(late)
+
+
+def wait_for(event: threading.Event, timeout_s: float) -> bool:
+    """Wait as the event's own `wait` does, but answer a signal that came the moment before, too.
+
+    Python notices a signal between two steps, and the kernel wakes who sleeps: who just goes to sleep has missed both.
+    """
+    until = time.monotonic() + timeout_s
+    while (left_s := until - time.monotonic()) > 0:
+        if event.wait(min(left_s, _LOOK_S)):
+            return True
+    return event.is_set()

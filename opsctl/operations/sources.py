@@ -21,6 +21,7 @@ from opsctl import db
 from opsctl.baileys import credentials, key_types
 from opsctl.baileys.credentials import me_fingerprint
 from opsctl.errors import DatabaseUnavailable, OpsctlError, Refused, SourceUnavailable
+from opsctl.signals import wait_for
 from opsctl.stores.postgres import Snapshot, snapshot
 
 if TYPE_CHECKING:
@@ -224,13 +225,13 @@ def ask_servers(probes: Sequence[Probe], *, others: bool, remaining: Remaining) 
         return max(0.0, bound_s)
 
     for probe in probes:
-        probe.answered.wait(left(GRACE_S + (PROBE_S if len(probes) > 1 or others else db.CONNECT_S)))
+        wait_for(probe.answered, left(GRACE_S + (PROBE_S if len(probes) > 1 or others else db.CONNECT_S)))
     found: list[Source] = []
     lost: list[Lost] = []
     for probe in probes:
         alone = not others and not any(p.source for p in probes if p is not probe)
         if probe.answered.is_set():
-            probe.done.wait(left(float("inf") if alone else COUNTING_S))
+            wait_for(probe.done, left(float("inf") if alone else COUNTING_S))
         if probe.source is not None:
             found.append(probe.source)
         elif probe.error is None:
