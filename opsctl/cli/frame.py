@@ -530,11 +530,12 @@ class _signals:  # noqa: N801 - reads as a statement: `with _signals(deadline):`
         self.deadline = deadline
 
     def __enter__(self) -> None:
-        self._before: dict[signal.Signals, Any] = {signal.SIGTERM: signal.signal(signal.SIGTERM, self._stop)}
+        self._before: dict[signal.Signals, Any] = {}
         if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
             self._before[signal.SIGINT] = signal.signal(signal.SIGINT, signal.default_int_handler)
         if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # under nohup it stays ignored
             self._before[signal.SIGHUP] = signal.signal(signal.SIGHUP, self._stop)
+        self._before[signal.SIGTERM] = signal.signal(signal.SIGTERM, self._stop)
         remaining = self.deadline.remaining()
         if remaining is not None:
             self._before[signal.SIGALRM] = signal.signal(signal.SIGALRM, self._too_late)
