@@ -174,6 +174,13 @@ def exit_code(process: subprocess.Popen[bytes]) -> int:
 KILLS = 30
 
 
+def until_it_writes(process: subprocess.Popen[bytes], site: Site) -> None:
+    """Return as soon as it stages folders, or is over."""
+    before = set(site.left())
+    while process.poll() is None and not any(name.startswith("staging-") for name in set(site.left()) - before):
+        time.sleep(0.001)
+
+
 def kill(process: subprocess.Popen[bytes], victim: str, instant_s: float) -> None:
     time.sleep(instant_s)
     if victim == "everybody":
@@ -205,7 +212,11 @@ def test_killed_at_many_random_instants_each_folder_is_the_old_or_the_new_one_wh
         victim = ("everybody", "parent", "a worker")[number % 3]
         while True:
             process = site.started(wanted)
-            kill(process, victim, whole_run_s * (number + source.random()) / KILLS)
+            if number % 2:  # half of them while it writes, which is a small part of the whole
+                until_it_writes(process, site)
+                kill(process, victim, 0.1 * whole_run_s * source.random())
+            else:
+                kill(process, victim, whole_run_s * (number + source.random()) / KILLS)
             wait_until_nothing_runs(process.pid)
             left.update(name.partition("-")[0] for name in site.left())
             every_folder_is_whole(site, versions)
@@ -232,8 +243,7 @@ def test_a_signal_at_random_instants_ends_with_its_code_and_nothing_staged(
     for instant in range(5):
         wanted: Version = "BA"[instant % 2]  # type: ignore[assignment]
         process = site.started(wanted)
-        while process.poll() is None and not any(site.own.glob("staging-*")):
-            time.sleep(0.001)
+        until_it_writes(process, site)
         time.sleep(source.random() * 0.06 * instant)
         with suppress(ProcessLookupError):
             if instant % 2:
