@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from multiprocessing.connection import Connection
     from multiprocessing.process import BaseProcess
 
-_QUEUE_CHUNKS = 16
-"""Per process: 4 MiB of rows read ahead, a handful of ordinary companies."""
+_QUEUE_CHUNKS = 8
+"""Per process: 2 MiB of rows read ahead, a few ordinary companies."""
 MOST_LANES = 3
 """With a company of 100,000 keys each, all of a restore takes 195 MiB; the parent and PostgreSQL need cores too."""
 _LOOK_S = 0.5
