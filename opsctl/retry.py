@@ -36,7 +36,7 @@ def retrying(give_up_at: float = float("inf")) -> tenacity.Retrying:
     )
 
 
-def only_reading(step: Callable[P, T]) -> Callable[P, T]:
+def repeatable(step: Callable[P, T]) -> Callable[P, T]:
     """Make a step that connects and changes nothing there anew, where the server broke off in the middle of it.
 
     One that writes is not for this: nobody knows what became of its last commit.

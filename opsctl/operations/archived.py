@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from opsctl.errors import HalfDone, Interrupted, OpsctlError, Refused
 from opsctl.operations.cleanup import megabytes
 from opsctl.report import Column, Failure, Report
-from opsctl.retry import only_reading
+from opsctl.retry import repeatable
 from opsctl.signals import held_back
 from opsctl.stores import exchange, keys
 from opsctl.stores.archive import archived_lines, archived_runs, find_run
@@ -132,7 +132,7 @@ class UndoPlan:
         return sum(count for (_, what), count in self.counts.items() if what != "left")
 
 
-@only_reading
+@repeatable
 def plan_undo(
     open_connection: OpenConnection, state_dir: Path, run_id: str, *, environment: str, journal: Journal
 ) -> UndoPlan:

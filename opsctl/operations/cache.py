@@ -17,7 +17,7 @@ from opsctl.baileys.buffers import normalise, revive
 from opsctl.baileys.filenames import is_company_id
 from opsctl.errors import Refused, SourceUnavailable
 from opsctl.report import Column, Failure, Report, duration
-from opsctl.retry import only_reading
+from opsctl.retry import repeatable
 from opsctl.stores import cache_file
 from opsctl.stores.cache_file import CredentialsCache, Validity
 
@@ -223,7 +223,7 @@ def _user(uid: int) -> str:
         return str(uid)
 
 
-@only_reading
+@repeatable
 def _all_creds(open_snapshot: Callable[[], AbstractContextManager[Snapshot]]) -> dict[str, bytes]:
     with open_snapshot() as snapshot:
         return snapshot.all_creds()

@@ -17,7 +17,7 @@ from opsctl.baileys.key_types import KNOWN, PRE_KEYS_KEPT, ExpiryPolicy, own_add
 from opsctl.errors import HalfDone, Interrupted, OpsctlError, Refused, UsageError
 from opsctl.operations.cleanup_pass import Limits, Pass, Progress
 from opsctl.report import Column, Failure, Report
-from opsctl.retry import only_reading
+from opsctl.retry import repeatable
 from opsctl.stores import keys
 from opsctl.stores.archive import Head, archived_lines, new_archive, unwritable
 from opsctl.stores.postgres import snapshot
@@ -175,7 +175,7 @@ def explain(wish: Wish) -> Report:
     )
 
 
-@only_reading
+@repeatable
 def find(open_connection: OpenConnection, wish: Wish, *, journal: Journal, naming: bool = False) -> Found:
     """Count what is expired, naming some keys or all; changes nothing.
 

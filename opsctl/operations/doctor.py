@@ -19,7 +19,7 @@ from opsctl.baileys.filenames import UnwritableName, folder_name, parse_key_file
 from opsctl.baileys.key_types import KNOWN, is_own_sender_key, sender_key_encoding, shape_problem
 from opsctl.errors import HalfDone, OpsctlError, Refused
 from opsctl.report import Column, Failure, Report
-from opsctl.retry import only_reading
+from opsctl.retry import repeatable
 from opsctl.stores import exchange, keys
 from opsctl.stores.archive import Head, new_archive, unwritable
 from opsctl.stores.exchange import KeyName, Patch
@@ -181,7 +181,7 @@ class Diagnosis:
         return sum(len(chart.patches) + len(chart.additions) + bool(chart.creds_fields) for chart in self.charts)
 
 
-@only_reading
+@repeatable
 def diagnose(open_connection: OpenConnection, *, companies: tuple[str, ...], journal: Journal) -> Diagnosis:
     """Look at every row of the wished companies; changes nothing."""
     with journal.step("examine the keys"), open_connection() as connection, snapshot(connection) as opened:

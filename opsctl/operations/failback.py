@@ -24,7 +24,7 @@ from opsctl.operations.comparison import Terms, compared
 from opsctl.operations.sides import CompanyPlan, as_text, identity
 from opsctl.operations.three_way import WRITTEN, Action, Prefer
 from opsctl.report import Column, Failure, Report
-from opsctl.retry import only_reading
+from opsctl.retry import repeatable
 from opsctl.stores import keys
 from opsctl.stores.folder import OPSCTL_FOLDER, opened, origin_of, read_file
 from opsctl.stores.postgres import parse_rows
@@ -315,7 +315,7 @@ def _no_folders(wish: FailbackWish) -> Refused:
     )
 
 
-@only_reading
+@repeatable
 def _plan(open_snapshot: OpenSnapshot, root_fd: int, wish: FailbackWish, journal: Journal) -> _FleetPlan:
     folders = _chosen(_company_folders(root_fd), wish)
     with ExitStack() as database:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from opsctl.baileys.filenames import UnwritableName, folder_name
 from opsctl.errors import DatabaseUnavailable, Refused
 from opsctl.report import Column, Failure, Report
-from opsctl.retry import only_reading
+from opsctl.retry import repeatable
 from opsctl.stores import exchange, keys
 from opsctl.stores.archive import archived_lines, find_run
 from opsctl.stores.exchange import Change
@@ -59,7 +59,7 @@ class UndoRow:
 _COLUMNS = (Column("Company", "company"), Column("Result", "result"), Column("Rows", "rows", numeric=True))
 
 
-@only_reading
+@repeatable
 def preview_undo(open_connection: OpenConnection, wish: UndoWish, *, journal: Journal) -> Report:
     """What `undo_failback` would do: every row that it would put back is looked at."""
     run = _run(wish)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from opsctl.baileys.filenames import CREDS_FILE, UnwritableName, folder_name
 from opsctl.errors import DatabaseUnavailable, Refused
 from opsctl.report import Column, Failure, Report, duration
-from opsctl.retry import only_reading
+from opsctl.retry import repeatable
 from opsctl.stores.folder import OPSCTL_FOLDER, opened, origin_of
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ def list_sessions(
     )
 
 
-@only_reading
+@repeatable
 def _from_database(
     open_snapshot: Callable[[], AbstractContextManager[Snapshot]], now: datetime
 ) -> dict[str, SessionRow]:

@@ -22,7 +22,7 @@ from opsctl.errors import Locked, Refused, SourceUnavailable
 from opsctl.operations.failback import NotVerified, check_rows, require_unwritten
 from opsctl.operations.sides import FORMS, identity
 from opsctl.report import Column, Failure, Report
-from opsctl.retry import only_reading
+from opsctl.retry import repeatable
 from opsctl.stores import keys
 from opsctl.stores.archive import archived_lines, archived_runs
 from opsctl.stores.folder import entries_of, opened, origin_of, read_file
@@ -216,7 +216,7 @@ class Repair:
         )
 
 
-@only_reading
+@repeatable
 def plan_repair(open_snapshot: OpenSnapshot, wish: RepairWish, *, journal: Journal) -> Repair:
     """What is missing or damaged of the wished companies, and can be put back. Raises `Refused`, nothing changed."""
     with journal.step("connect to PostgreSQL"):

@@ -25,7 +25,7 @@ from opsctl.baileys.key_types import KNOWN, ExpiryPolicy
 from opsctl.errors import AlreadyRunning, DatabaseUnavailable, HalfDone, OpsctlError, Refused
 from opsctl.operations.sources import moment
 from opsctl.report import Column, Failure, Report
-from opsctl.retry import only_reading
+from opsctl.retry import repeatable
 from opsctl.stores.folder import entries_of, opened, read_file
 from opsctl.stores.live import Base, LiveDatabase, LiveFolders
 from opsctl.stores.records import FileEntry, ManifestDamaged, Origin, Record
@@ -155,7 +155,7 @@ def live_sessions(
             yield LiveDatabase(snapshot)
 
 
-@only_reading  # of the database; what it changes are copies, and one that was made is made again or stands
+@repeatable  # of the database; what it changes are copies, and one that was made is made again or stands
 def sync_standby(
     open_live: Callable[[], AbstractContextManager[Live]],
     standby: Standby,
@@ -200,7 +200,7 @@ def _disk_failure(error: OSError, standby: Standby, *, half_done: bool) -> Opsct
     return (HalfDone if half_done else Refused)(message, kind=kind, hint=hint)
 
 
-@only_reading
+@repeatable
 def preview_sync(
     open_live: Callable[[], AbstractContextManager[Live]],
     standby: Standby,

@@ -22,7 +22,7 @@ from opsctl.baileys.filenames import (
 )
 from opsctl.errors import Refused
 from opsctl.report import Column, Failure, Report
-from opsctl.retry import only_reading
+from opsctl.retry import repeatable
 from opsctl.stores.folder import OPSCTL_FOLDER, entries_of, opened, origin_of, read_file
 from opsctl.stores.postgres import parse_rows
 from opsctl.stores.records import FileEntry, ManifestDamaged
@@ -88,7 +88,7 @@ def verify_folders(target: Path, *, companies: tuple[str, ...], journal: Journal
     return _report(target, rows, _COLUMNS)
 
 
-@only_reading
+@repeatable
 def verify_against(
     open_snapshot: Callable[[], AbstractContextManager[Snapshot]],
     target: Path,
