@@ -12,7 +12,7 @@ import threading
 import time
 from collections import Counter
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
@@ -21,6 +21,7 @@ from opsctl import db
 from opsctl.baileys import credentials, key_types
 from opsctl.baileys.credentials import me_fingerprint
 from opsctl.errors import DatabaseUnavailable, OpsctlError, Refused, SourceUnavailable
+from opsctl.retry import repeatable
 from opsctl.signals import wait_for
 from opsctl.stores.postgres import Snapshot, snapshot
 
@@ -37,6 +38,8 @@ PROBE_S = 4.0
 """All sources together. One that has not said a word by then is not waited for: a decision takes 5 s at most."""
 COUNTING_S = 15.0
 """But one that has answered may count its rows for longer, because being slow is not being stale."""
+ALIVE_S = 0.8
+"""As long as it still answers others meanwhile: a frozen server is given up with the silent ones."""
 RECENT = timedelta(hours=1)
 """A copy older than this does not make a source damaged: keys come and go."""
 TOLERATED_LOSS = 0.2
@@ -76,6 +79,8 @@ class Offer:
     """Why the standby did not take over what the database has now."""
     problem: str | None = None
     """Why the source itself says that this is not to be used."""
+    damage: str | None = None
+    """What it lacks, measured against the other sources."""
     copy: Copy | None = None
     cached: CachedCreds | None = None
 
@@ -169,8 +174,9 @@ class Probe:
         self.answered.set()
         self.done.set()
 
+    @repeatable
     def _survey(self, remaining: Remaining) -> Source:
-        opened = self._open(remaining)
+        opened = self._reopen(remaining)
         self.answered.set()
         source = Source(self.kind, self.name, snapshot=opened, reopen=lambda: self._reopen(remaining))
         for offer in _offers_of(opened, source):
@@ -187,6 +193,14 @@ class Probe:
         self.close()
         self._stack = ExitStack()
         return self._open(remaining)
+
+    def is_alive(self) -> bool:
+        """Whether the server says anything to another connection, be it a refusal, within `ALIVE_S`."""
+        try:
+            with db.connect(self._parameters, ALIVE_S, connect_s=ALIVE_S):
+                return True
+        except DatabaseUnavailable as error:
+            return error.kind not in {"frozen", "timeout"}
 
     def close(self) -> None:
         """End the connection; nothing is waited for."""
@@ -226,12 +240,15 @@ def ask_servers(probes: Sequence[Probe], *, others: bool, remaining: Remaining) 
 
     for probe in probes:
         wait_for(probe.answered, left(GRACE_S + (PROBE_S if len(probes) > 1 or others else db.CONNECT_S)))
+    counting = [probe for probe in probes if probe.answered.is_set()]
+    for probe in counting:
+        _let_count(probe, left)
+    if not others and not any(probe.source for probe in counting):  # then the slowest is better than nothing
+        for probe in counting:
+            wait_for(probe.done, left(float("inf")))
     found: list[Source] = []
     lost: list[Lost] = []
     for probe in probes:
-        alone = not others and not any(p.source for p in probes if p is not probe)
-        if probe.answered.is_set():
-            wait_for(probe.done, left(float("inf") if alone else COUNTING_S))
         if probe.source is not None:
             found.append(probe.source)
         elif probe.error is None:
@@ -243,6 +260,14 @@ def ask_servers(probes: Sequence[Probe], *, others: bool, remaining: Remaining) 
         else:
             raise probe.error
     return found, lost
+
+
+def _let_count(probe: Probe, left: Callable[[float], float]) -> None:
+    """Wait for a server that has answered: for `COUNTING_S`, as long as it is alive."""
+    if wait_for(probe.done, left(PROBE_S)):
+        return
+    while left(COUNTING_S) > 0 and probe.is_alive() and not wait_for(probe.done, min(ALIVE_S, left(COUNTING_S))):
+        pass
 
 
 @dataclass(frozen=True, slots=True)
@@ -382,31 +407,34 @@ def choose(sources: Sequence[Source], *, explicit: bool) -> dict[str, Choice]:
 
 def _choice(company: str, sources: Sequence[Source], primary: Source | None) -> Choice:
     offers = [offer for source in sources for offer in source.offers.get(company, ())]
-    complete = [offer for offer in offers if offer.has_creds]
-    keyed = [offer for offer in complete if offer.source.kind is not Kind.CACHE]
-    verdicts = {id(offer): offer.problem or _damage(offer, keyed) for offer in complete}
+    keyed = [offer for offer in offers if offer.has_creds and offer.source.kind is not Kind.CACHE]
+    complete = [replace(offer, damage=_damage(offer, keyed)) for offer in offers if offer.has_creds]
+    lacking = [f"{offer.label}: it has no credentials" for offer in offers if not offer.has_creds]
     ranked = _ranked(complete)
-    valid = [offer for offer in ranked if verdicts[id(offer)] is None]
-    rest = [offer for offer in ranked if verdicts[id(offer)] is not None and offer.problem is None]
-    order = (*valid, *rest)
+    # Valid first; but credentials without keys come after everything that has keys, damaged or not.
+    order = sorted(
+        (offer for offer in ranked if offer.problem is None),
+        key=lambda offer: (offer.source.kind is Kind.CACHE, offer.damage is not None),
+    )
     if not order:
-        return Choice(company, (), tuple(f"{o.label}: {verdicts.get(id(o)) or 'no credentials'}" for o in offers))
+        return Choice(company, (), (*(f"{offer.label}: {offer.problem}" for offer in ranked), *lacking))
     best = order[0]
     now = datetime.now(UTC)
     reasons = [
-        f"{offer.label}: {verdicts[id(offer)] or _later(best, offer, now)}" for offer in ranked if offer is not best
+        f"{offer.label}: {offer.problem or offer.damage or _later(best, offer, now)}"
+        for offer in ranked
+        if offer is not best
     ]
-    reasons += [f"{offer.label}: it has no credentials" for offer in offers if not offer.has_creds]
     withheld = None
     if primary is not None and company not in primary.offers and best.source is not primary:
         withheld = (
             f"{primary.name} can be read and does not have it; "
             f"opsctl sessions restore --company {company} --source {best.source.kind} brings it back"
         )
-    warning = verdicts[id(best)]
+    warning = best.damage
     if best.account and (others := {o.label for o in keyed if o.account and o.account != best.account}):
         warning = f"{' and '.join(sorted(others))} has it with another account"
-    return Choice(company, order, tuple(reasons), withheld, warning)
+    return Choice(company, tuple(order), (*reasons, *lacking), withheld, warning)
 
 
 def _later(best: Offer, other: Offer, now: datetime) -> str:
@@ -421,7 +449,7 @@ def _later(best: Offer, other: Offer, now: datetime) -> str:
 def _damage(offer: Offer, offers: Iterable[Offer]) -> str | None:
     """Why a source is damaged for a company, measured against the others; None where it is not."""
     for other in offers:
-        if other is offer or other.problem is not None or other.source is offer.source:
+        if other.problem is not None or other.source is offer.source:
             continue
         if offer.account is None and other.account is not None:
             return f"its credentials have no account, those of {other.label} have"

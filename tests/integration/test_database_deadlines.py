@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import socket
@@ -213,6 +214,35 @@ def test_a_server_that_is_slow_is_not_given_up(lonely: Fleet, slow: str) -> None
     _, stderr = process.communicate(timeout=30)
     assert process.returncode == 0, stderr
     assert time.monotonic() - started > 0.2 * rows
+
+
+def test_a_server_that_freezes_while_it_counts_is_given_up_in_time_for_a_decision(
+    lonely: Fleet, private_server: EmbeddedServer
+) -> None:
+    lonely.env["STANDBY_DIR"] = str(lonely.place / "standby")
+    assert lonely.opsctl("standby", "sync").returncode == 0
+    process = copying(lonely, "--json", "--discard-changes", "--yes", slow="count")
+    private_server.freeze()
+    stdout, stderr = process.communicate(timeout=30)
+    assert process.returncode == 0, stderr
+    document = json.loads(stdout)
+    assert {row["source"].split()[0] for row in document["rows"]} == {"standby"}
+    (decision_s,) = [s["seconds"] for s in document["rto"]["steps"] if s["name"] == "ask every source"]
+    assert decision_s <= 5
+    assert any("did not finish counting" in note for note in document["notes"])
+
+
+def test_a_server_that_counts_slowly_is_waited_for_though_the_standby_is_ready(lonely: Fleet) -> None:
+    lonely.env["STANDBY_DIR"] = str(lonely.place / "standby")
+    lonely.database.execute("DELETE FROM whatsapp_keys WHERE company_id = %s", [SECOND])
+    assert lonely.opsctl("standby", "sync").returncode == 0
+    process = copying(lonely, "--json", "--discard-changes", "--yes", slow="count")  # of 40 keys, five a second
+    stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == 0, stderr
+    document = json.loads(stdout)
+    (decision_s,) = [s["seconds"] for s in document["rto"]["steps"] if s["name"] == "ask every source"]
+    assert 6 < decision_s <= 14
+    assert {row["source"] for row in document["rows"]} == {"database"}
 
 
 def test_a_server_that_is_slow_is_given_up_at_the_deadline(lonely: Fleet) -> None:
@@ -483,6 +513,7 @@ publishing.SessionsRoot.remove_trash = remove_trash
 
 READING = {
     "sessions list": (),
+    "sessions restore": ("--discard-changes", "--service-stopped", "--dry-run"),
     "sessions verify": ("--against", "database"),
     "sessions failback": ("--dry-run", "--service-stopped"),
     "standby sync": (),
