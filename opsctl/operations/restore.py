@@ -363,6 +363,7 @@ class _Copying:
     def _is_open_again(self, source: Source, error: DatabaseUnavailable) -> bool:
         """Try a server that broke off again. Raises its error where nothing else is left, or the time is over."""
         if error.transient and source.reopen is not None and self._reopened[source.name] < len(WAITS_S):
+            time.sleep(min(WAITS_S[self._reopened[source.name]], self._remaining() or WAITS_S[-1]))
             self._reopened[source.name] += 1
             with suppress(OpsctlError):
                 source.snapshot = source.reopen()
@@ -377,6 +378,8 @@ class _Copying:
         telling, following = self._plan.telling, self._plan.pending.get(company)
         if following:
             telling.warnings.append(f"{company}: from {following[0].label}, because {offer.label}: {reason}")
+            if following[0].damage is not None:
+                telling.warnings.append(f"{company}, from {following[0].label}: {following[0].damage}")
         telling.settle(CompanyRow(company, folder_name(company), Result.DAMAGED, source=offer.label, reason=reason))
         self._discard(company)
 
@@ -470,7 +473,7 @@ class _Copying:
         elif isinstance(reply, Aborted):
             if reply.company_id == aborted:
                 return True
-            self._next_one(reply.company_id, reply.damage)
+            self._torn(reply.company_id, reply.damage)
         return False
 
     def _staged(self, staged: Staged) -> None:
@@ -491,6 +494,19 @@ class _Copying:
         plan.telling.settle(row)
         plan.pending.pop(company, None)
         plan.staged[company] = staged
+
+    def _torn(self, company: str, reason: str) -> None:
+        """What was read is not what its manifest says. A ready copy has a generation beside it that may be whole."""
+        _, offer = self._began[company]
+        if self._staging is None or offer.copy is None or offer.copy.ready is None:
+            self._next_one(company, reason)
+            return
+        del self._began[company]
+        self._discard(company)
+        self._plan.pending[company].insert(0, replace(offer, copy=replace(offer.copy, ready=None)))
+        self._plan.telling.warnings.append(
+            f"{company}: the ready copy of {offer.label} is not used, its generation is: {reason}"
+        )
 
     def _next_one(self, company: str, reason: str) -> None:
         _, offer = self._began.pop(company)

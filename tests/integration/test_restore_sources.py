@@ -275,11 +275,36 @@ def _torn(folder: Path) -> None:
     min(folder.glob("pre-key-*.json")).unlink()
 
 
+def _copies(standby: Path, company: str = FIRST) -> list[Path]:
+    """The ready copy, then the generations."""
+    place = standby / f"company_{company}"
+    return [place / "ready", *sorted((place / "generations").glob("0*[0-9]"))]
+
+
 @pytest.mark.parametrize("harm", [_tampered, _torn], ids=["tampered with", "torn"])
-def test_a_ready_copy_that_is_not_what_its_manifest_says_is_named_and_not_used(
+def test_a_ready_copy_that_is_not_what_its_manifest_says_is_named_and_made_again_from_its_generation(
     fleet: Fleet, standby: Path, harm: Callable[[Path], None]
 ) -> None:
-    harm(standby / f"company_{FIRST}" / "ready")
+    refuse(fleet)
+    expected = fleet.restored("--to", fleet.place / "expected")
+    ready, generation = _copies(standby)
+    harm(ready)
+    document = fleet.restored()
+    assert results(document) == {FIRST: "restored", SECOND: "restored"}
+    assert any(FIRST in warning and "ready copy" in warning for warning in document["warnings"])
+    assert {c: r["keys_by_type"] for c, r in rows_of(document).items()} == {
+        c: r["keys_by_type"] for c, r in rows_of(expected).items()
+    }
+    assert whole(fleet)
+    assert {p.name: p.read_bytes() for p in ready.iterdir()} == {p.name: p.read_bytes() for p in generation.iterdir()}
+
+
+@pytest.mark.parametrize("harm", [_tampered, _torn], ids=["tampered with", "torn"])
+def test_a_copy_of_which_nothing_is_what_its_manifest_says_is_named_and_not_used(
+    fleet: Fleet, standby: Path, harm: Callable[[Path], None]
+) -> None:
+    for copy in _copies(standby):
+        harm(copy)
     refuse(fleet)
     done = fleet.restore("--json")
     assert done.returncode == 6, done
@@ -290,8 +315,9 @@ def test_a_ready_copy_that_is_not_what_its_manifest_says_is_named_and_not_used(
 def test_an_older_generation_stands_in_for_a_current_one_that_was_torn(fleet: Fleet, standby: Path) -> None:
     fleet.key("session", "4915000@s.whatsapp.net.0", '{"_sessions": {}, "version": "v1"}')
     assert fleet.opsctl("standby", "sync").returncode == 0
-    company = standby / f"company_{FIRST}"
-    _torn(company / "ready")
+    ready, _, newest = _copies(standby)
+    _torn(ready)
+    _torn(newest)
     refuse(fleet)
     document = fleet.restored()
     assert results(document) == {FIRST: "restored", SECOND: "restored"}
@@ -302,7 +328,7 @@ def test_an_older_generation_stands_in_for_a_current_one_that_was_torn(fleet: Fl
 def test_a_generation_that_was_asked_for_is_the_one_restored(fleet: Fleet, standby: Path) -> None:
     fleet.key("session", "4915000@s.whatsapp.net.0", '{"_sessions": {}, "version": "v1"}')
     assert fleet.opsctl("standby", "sync").returncode == 0
-    first, second = sorted(path.name for path in (standby / f"company_{FIRST}" / "generations").glob("0*[0-9]"))
+    first, second = (path.name for path in _copies(standby)[1:])
     fleet.restored("--generation", first, "--company", FIRST)
     assert not (fleet.folder() / "session-4915000@s.whatsapp.net.0.json").exists()
     fleet.restored("--generation", second, "--company", FIRST)
@@ -403,6 +429,18 @@ def test_the_cache_is_the_last_resort_and_what_it_costs_is_said(fleet: Fleet, ca
 def test_the_cache_never_beats_a_source_with_keys(fleet: Fleet, standby: Path, cached: Path) -> None:
     refuse(fleet)
     assert sources(fleet.restored()) == {FIRST: "standby", SECOND: "standby"}
+
+
+def test_the_cache_does_not_even_beat_a_source_with_keys_that_is_damaged(
+    fleet: Fleet, standby: Path, cached: Path
+) -> None:
+    fleet.database.execute("DELETE FROM whatsapp_keys WHERE key_type = 'pre-key' AND company_id = %s", [FIRST])
+    shutil.rmtree(standby / f"company_{SECOND}")
+    for copy in _copies(standby):
+        _torn(copy)
+    document = fleet.restored()
+    assert sources(document) == {FIRST: "database", SECOND: "database"}
+    assert any(FIRST in warning and "pre-key" in warning for warning in document["warnings"])
 
 
 def test_credentials_of_the_cache_get_the_keys_of_a_standby_of_the_same_account(
