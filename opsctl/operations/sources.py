@@ -194,6 +194,17 @@ class Probe:
         self._stack = ExitStack()
         return self._open(remaining)
 
+    def result(self) -> Source | Lost:
+        """What has come of it by now. Raises what is no expected failure."""
+        if self.source is not None:
+            return self.source
+        if self.error is None:
+            what = "did not finish counting its rows" if self.answered.is_set() else "did not answer"
+            return Lost(self.kind, self.name, DatabaseUnavailable(f"{self.name} {what} in time", kind="frozen"))
+        if isinstance(self.error, OpsctlError):
+            return Lost(self.kind, self.name, self.error)
+        raise self.error
+
     def is_alive(self) -> bool:
         """Whether the server says anything to another connection, be it a refusal, within `ALIVE_S`."""
         try:
@@ -246,20 +257,8 @@ def ask_servers(probes: Sequence[Probe], *, others: bool, remaining: Remaining) 
     if not others and not any(probe.source for probe in counting):  # then the slowest is better than nothing
         for probe in counting:
             wait_for(probe.done, left(float("inf")))
-    found: list[Source] = []
-    lost: list[Lost] = []
-    for probe in probes:
-        if probe.source is not None:
-            found.append(probe.source)
-        elif probe.error is None:
-            what = "did not answer" if not probe.answered.is_set() else "did not finish counting its rows"
-            error = DatabaseUnavailable(f"{probe.name} {what} in time", kind="frozen")
-            lost.append(Lost(probe.kind, probe.name, error))
-        elif isinstance(probe.error, OpsctlError):
-            lost.append(Lost(probe.kind, probe.name, probe.error))
-        else:
-            raise probe.error
-    return found, lost
+    ended = [probe.result() for probe in probes]
+    return [one for one in ended if isinstance(one, Source)], [one for one in ended if isinstance(one, Lost)]
 
 
 def _let_count(probe: Probe, left: Callable[[float], float]) -> None:
