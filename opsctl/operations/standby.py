@@ -55,6 +55,7 @@ _EVERY_ONE = 5
 _SWITCHING = timedelta(minutes=15)
 """A switch that takes longer was left in the middle."""
 _CLOCK_TOLERANCE = timedelta(seconds=1)
+_CLOCKS_DIFFER = timedelta(minutes=1)
 _BATCH_COMPANIES, _BATCH_FILES = 100, 50_000
 _VERIFY_RUNS = 1440
 """In how many runs every copy is read back once: a day's, at a run a minute."""
@@ -581,9 +582,10 @@ class _Sync:
         """Write down what was found, for the next run and for `standby status`."""
         missed = [company for company, row in self.rows.items() if row.result in _NOT_WELL]
         with self.standby.locked(self.wish.run_id):
-            if self.wish.companies:
-                for copy in self.unchanged:
-                    state = self._states.get(copy.company_id, copy.state)
+            for copy in self.unchanged:
+                state = self._states.get(copy.company_id, copy.state)
+                # A time still to come was written before the clock was set back.
+                if self.wish.companies or (state.synced_at or "") > self.at:
                     self._states[copy.company_id] = replace(state, synced_at=self.at)
             for company, state in self._states.items():
                 self.standby.remember(company, state)
@@ -827,7 +829,7 @@ def standby_status(standby: Standby, *, companies: tuple[str, ...], max_age: tim
         )
     wanted = [copy for copy in copies if not companies or copy.company_id in companies]
     rows = [_status_row(standby, copy, max_age, now) for copy in wanted]
-    known = [row.age_s for row in rows if row.age_s is not None and not row.damage]
+    known = [row.age_s for row in rows if row.age_s is not None and row.state not in {"damaged", _OF_UNKNOWN_AGE}]
     worst = max(known, default=None)
     checked = standby.checked()
     report = Report(
@@ -854,6 +856,8 @@ def standby_status(standby: Standby, *, companies: tuple[str, ...], max_age: tim
 
 
 _IN_ORDER = "ok"
+_OF_UNKNOWN_AGE = "of unknown age"
+"""Its time is missing, or still to come: then a clock was set back."""
 
 
 def _generations(standby: Standby, company: str, now: datetime) -> str:
@@ -870,7 +874,9 @@ def _status_row(standby: Standby, copy: Copy, max_age: timedelta, now: datetime)
         state = "damaged"
     elif copy.held is not None:
         state = "held"
-    elif age_s is None or age_s > max_age.total_seconds():
+    elif age_s is None or age_s < -_CLOCKS_DIFFER.total_seconds():
+        state = _OF_UNKNOWN_AGE
+    elif age_s > max_age.total_seconds():
         state = "too old"
     else:
         state = _IN_ORDER

@@ -32,7 +32,7 @@ from opsctl.stores.folder import entries_of, opened
 from opsctl.stores.postgres import snapshot
 from opsctl.stores.publishing import locked_root
 from opsctl.stores.standby import Standby
-from opsctl.stores.switch_record import SwitchRecord, clear_switch, write_switch
+from opsctl.stores.switch_record import Phase, SwitchRecord, clear_switch, write_switch
 from tests import needs
 from tests.conftest import Database, each_postgres
 from tests.integration.fleet import FIRST, KEYS, PLANTED, SECOND, Fleet, results, rows_of, unchanged
@@ -693,6 +693,18 @@ def test_a_standby_folder_that_others_may_look_into_is_refused(synced: Warm) -> 
     assert "chmod 700" in done.stderr
 
 
+def test_a_standby_folder_that_cannot_be_read_is_named_by_whoever_looks_into_it(synced: Warm) -> None:
+    synced.path.rename(synced.path.with_name("elsewhere"))
+    synced.path.write_text("a file, where the folder should be")
+    said = synced.status("--json")
+    assert (said.returncode, said.json()["error"]["kind"]) == (5, "standby-unreadable")
+    assert str(synced.path) in said.json()["error"]["message"]
+    assert synced.sync().returncode == 5
+    restored = synced.fleet.restored()
+    assert any("standby is no source" in note and str(synced.path) in note for note in restored["notes"])
+    assert {row["source"] for row in restored["rows"]} == {"database"}
+
+
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A filesystem of four mebibytes."""
@@ -816,6 +828,21 @@ def test_a_live_folder_that_becomes_another_identity_is_held(switched: Warm) -> 
     assert switched.whole() == good
 
 
+@pytest.mark.parametrize(("minutes", "code"), [(1, 75), (20, 5)], ids=["under way", "left in the middle"])
+def test_while_a_switch_is_half_done_no_copy_changes(synced: Warm, minutes: int, code: int) -> None:
+    synced.fleet.restored()
+    since = (datetime.now(UTC) - timedelta(minutes=minutes)).isoformat(timespec="seconds")
+    with locked_root(synced.fleet.target, synced.store.owner, run_id="switch") as root:
+        write_switch(root.own_fd, SwitchRecord(since, "switch", "host", Phase.STOPPING))
+    synced.execute("UPDATE whatsapp_keys SET updated_at = now()")
+    good = synced.whole()
+    done = synced.sync("--json")
+    assert done.returncode == code, done
+    assert "a switch is under way since" in done.json()["error"]["message"]
+    assert done.json()["error"]["hint"] == "opsctl switch status"
+    assert synced.whole() == good
+
+
 def test_after_the_way_back_the_database_is_copied_again(switched: Warm) -> None:
     switched.synced()
     with locked_root(switched.fleet.target, switched.store.owner, run_id="back") as root:
@@ -855,6 +882,34 @@ def test_a_copy_that_is_too_old_is_named(synced: Warm) -> None:
     assert "opsctl standby sync" in done.stderr
     synced.synced()  # without any change it is as young as this
     assert synced.status("--json").json()["facts"]["rpo_s"] < 60
+
+
+def test_a_copy_of_a_time_still_to_come_is_of_unknown_age_until_the_next_sync(synced: Warm) -> None:
+    """The clock was ahead while a copy was made, and was then set right."""
+    synced.execute("UPDATE whatsapp_keys SET updated_at = now() WHERE company_id = %s", [FIRST])
+    assert synced.synced(now=datetime.now(UTC) + timedelta(hours=3)).exit_code == 0
+    done = synced.status("--json")
+    assert done.returncode == 1, done
+    assert {row["state"] for row in rows_of(done).values()} == {"of unknown age"}
+    assert done.json()["facts"]["rpo_s"] is None
+    assert synced.synced().exit_code == 0
+    done = synced.status("--json")
+    assert done.returncode == 0, done
+    assert 0 <= done.json()["facts"]["rpo_s"] < 60
+
+
+def test_replaced_copies_are_kept_as_long_as_the_setting_says(warm: Warm) -> None:
+    touch = f"UPDATE whatsapp_keys SET updated_at = now() {OF_FIRST}"
+    for hours in (9, 8, 7, 6):
+        warm.execute(touch)
+        assert warm.synced(now=datetime.now(UTC) - timedelta(hours=hours)).exit_code == 0
+    warm.execute(touch)
+    assert warm.sync("--quiet", env={"STANDBY_KEEP_HOURS": "24"}).returncode == 0
+    assert [copy.generation[-1] for copy in warm.store.generations(FIRST)] == ["5", "4", "3", "2", "1"]
+    warm.execute(touch)
+    assert warm.sync("--quiet", env={"STANDBY_KEEP_HOURS": "4"}).returncode == 0
+    # The fourth was current until a moment ago; those before it were replaced six hours ago and earlier.
+    assert [copy.generation[-1] for copy in warm.store.generations(FIRST)] == ["6", "5", "4"]
 
 
 def test_no_copy_at_all_is_said(warm: Warm) -> None:
