@@ -127,6 +127,7 @@ _PREVIEW_COLUMNS_OF_MANY_SOURCES = (
     Column("Warn", "warning_count", numeric=True),
 )
 _DONE = frozenset({Result.RESTORED, Result.UNCHANGED})
+_SHOWN_COMPANIES = 10
 
 
 @dataclass(slots=True)
@@ -203,8 +204,16 @@ class Telling:
         out += [f"{row.company}: {warning}" for row in restored for warning in row.warnings]
         out += [f"{row.company} is not restored: {row.reason}" for row in rows if row.result is Result.WITHHELD]
         stale = [row for row in restored if row.copy == "possibly stale"]
-        for source in sorted({row.source_in_a_word for row in stale}):
-            out.append(_stale_warning([row for row in stale if row.source_in_a_word == source], source, self.wish))
+        bare = [row for row in stale if row.source_in_a_word == Kind.CACHE and not row.keys]
+        if bare:
+            out.append(
+                f"credentials alone were restored from the cache, without keys ({_named(bare)}): each chat's first "
+                'incoming message is late, a contact that uses an old pre-key fails with "Invalid PreKey ID", and '
+                "group messages wait for a retry"
+            )
+        keyed = [row for row in stale if row not in bare]
+        for source in sorted({row.source_in_a_word for row in keyed}):
+            out.append(_stale_warning([row for row in keyed if row.source_in_a_word == source], source, self.wish))
         return out
 
     def _all_details(self, rows: Sequence[CompanyRow]) -> list[str]:
@@ -217,24 +226,29 @@ class Telling:
         return out
 
 
+def _named(rows: Sequence[CompanyRow]) -> str:
+    shown = ", ".join(row.company for row in rows[:_SHOWN_COMPANIES])
+    more = len(rows) - _SHOWN_COMPANIES
+    return shown + (f" and {more} more" if more > 0 else "")
+
+
 def _stale_warning(rows: Sequence[CompanyRow], source: str, wish: Wish) -> str:
-    busy = sum(row.busy_chats for row in rows)
-    if source == "cache":
-        return (
-            "credentials alone were restored from the cache, without keys: each chat's first incoming message is late, "
-            'a contact that uses an old pre-key fails with "Invalid PreKey ID", and group messages wait for a retry'
-        )
+    busy = sorted((row for row in rows if row.busy_chats), key=lambda row: -row.busy_chats)
+    count = sum(row.busy_chats for row in busy)
     cost = (
         "their first incoming message will be late"
         if wish.drop_stale
         else "outgoing messages there may vanish silently; with --stale each chat's next incoming one is late"
     )
-    chats = f"{busy} chats changed in the 15 minutes before it; {cost}"
-    if source == "database":
+    whose = f" of {_named(busy)}" if busy else ""
+    chats = f"{count} chats{whose} changed in the 15 minutes before it; {cost}"
+    if source == Kind.DATABASE:
         return (
             "this copy is possibly stale, because the service was not proven stopped before it: "
             f"{chats}. Stop the service and restore with --service-stopped to be sure"
         )
+    if source == Kind.CACHE:
+        return f"the credentials of {_named(rows)} are the cache's and the keys beside them the standby's: {chats}"
     oldest = max((row.rpo_s or 0.0 for row in rows), default=0.0)
     return (
         f"the copies from the {source} are possibly stale, because what was written after them ({duration(oldest)} "

@@ -451,6 +451,40 @@ def test_credentials_of_the_cache_get_the_keys_of_a_standby_of_the_same_account(
     assert sources(document) == {FIRST: "cache", SECOND: "cache"}
     assert rows_of(document)[FIRST]["keys"] > 0
     assert whole(fleet)
+    assert not any("without keys" in warning for warning in document["warnings"])
+    (said,) = [warning for warning in document["warnings"] if "are the cache's" in warning]
+    assert f"{FIRST}, {SECOND}" in said
+    assert "the keys beside them the standby's" in said
+
+
+def test_credentials_of_the_cache_get_no_keys_of_another_account(fleet: Fleet, standby: Path, cached: Path) -> None:
+    entries = json.loads(cached.read_bytes())
+    entries[FIRST]["creds"]["me"]["id"] = "4915999:1@s.whatsapp.net"
+    cached.write_text(json.dumps(entries))
+    refuse(fleet)
+    document = fleet.restored("--source", "cache")
+    assert rows_of(document)[FIRST]["keys"] == 0
+    assert rows_of(document)[SECOND]["keys"] > 0
+    (said,) = [warning for warning in document["warnings"] if "without keys" in warning]
+    assert FIRST in said
+    assert SECOND not in said
+
+
+def test_the_companies_whose_chats_changed_before_a_copy_are_named(fleet: Fleet, standby: Path) -> None:
+    old = "UPDATE whatsapp_keys SET updated_at = now() - interval '1 hour'"
+    fleet.database.execute(old)
+    fleet.database.execute(
+        "UPDATE whatsapp_keys SET updated_at = now() - interval '5 minutes' WHERE ctid IN "
+        "(SELECT ctid FROM whatsapp_keys WHERE company_id = %s AND key_type = 'session' LIMIT 2)",
+        [SECOND],
+    )
+    assert fleet.opsctl("standby", "sync", "--accept", "@all").returncode == 0
+    refuse(fleet)
+    document = fleet.restored()
+    assert {company: row["busy_chats"] for company, row in rows_of(document).items()} == {FIRST: 0, SECOND: 2}
+    (said,) = [warning for warning in document["warnings"] if "possibly stale" in warning]
+    assert f"2 chats of {SECOND} changed in the 15 minutes before it" in said
+    assert FIRST not in said
 
 
 def test_a_live_switch_outranks_every_source(fleet: Fleet) -> None:

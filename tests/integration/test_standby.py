@@ -28,11 +28,12 @@ from opsctl.embedded import embedded_server
 from opsctl.journal import Journal
 from opsctl.operations.fleet import create_schema
 from opsctl.operations.standby import SyncWish, live_sessions, standby_status, sync_standby
+from opsctl.stores import switch_record
 from opsctl.stores.folder import entries_of, opened
 from opsctl.stores.postgres import snapshot
 from opsctl.stores.publishing import locked_root
 from opsctl.stores.standby import Standby
-from opsctl.stores.switch_record import Phase, SwitchRecord, clear_switch, write_switch
+from opsctl.stores.switch_record import SwitchRecord, clear_switch, write_switch
 from tests import needs
 from tests.conftest import Database, each_postgres
 from tests.integration.fleet import FIRST, KEYS, PLANTED, SECOND, Fleet, results, rows_of, unchanged
@@ -833,7 +834,7 @@ def test_while_a_switch_is_half_done_no_copy_changes(synced: Warm, minutes: int,
     synced.fleet.restored()
     since = (datetime.now(UTC) - timedelta(minutes=minutes)).isoformat(timespec="seconds")
     with locked_root(synced.fleet.target, synced.store.owner, run_id="switch") as root:
-        write_switch(root.own_fd, SwitchRecord(since, "switch", "host", Phase.STOPPING))
+        write_switch(root.own_fd, SwitchRecord(since, "switch", "host", switch_record.Phase.STOPPING))
     synced.execute("UPDATE whatsapp_keys SET updated_at = now()")
     good = synced.whole()
     done = synced.sync("--json")
