@@ -232,6 +232,24 @@ def test_a_server_that_freezes_while_it_counts_is_given_up_in_time_for_a_decisio
     assert any("did not finish counting" in note for note in document["notes"])
 
 
+def test_a_server_that_freezes_in_the_middle_of_a_copy_leaves_the_rest_to_the_standby(
+    lonely: Fleet, private_server: EmbeddedServer
+) -> None:
+    lonely.env["STANDBY_DIR"] = str(lonely.place / "standby")
+    assert lonely.opsctl("standby", "sync").returncode == 0
+    process = copying(lonely, "--json", "--discard-changes", "--yes", before=IMPATIENT)
+    private_server.freeze()
+    stdout, stderr = process.communicate(timeout=30)
+    assert process.returncode == 0, stderr
+    document = json.loads(stdout)
+    assert {row["source"].split()[0] for row in document["rows"]} == {"standby"}
+    assert results(document) == {FIRST: "restored", SECOND: "restored"}
+    for company in (FIRST, SECOND):
+        assert any(f"{company}: from standby" in warning for warning in document["warnings"])
+    assert any("stopped answering in the middle of a step" in warning for warning in document["warnings"])
+    assert lonely.opsctl("sessions", "verify", lonely.target).returncode == 0
+
+
 def test_a_server_that_counts_slowly_is_waited_for_though_the_standby_is_ready(lonely: Fleet) -> None:
     lonely.env["STANDBY_DIR"] = str(lonely.place / "standby")
     lonely.database.execute("DELETE FROM whatsapp_keys WHERE company_id = %s", [SECOND])

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import socket
 import subprocess
 import time
-from contextlib import closing
+from contextlib import ExitStack, closing
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -121,6 +122,37 @@ def test_the_next_host_of_a_list_is_used_though_the_first_is_frozen(fleet: Fleet
         document = fleet.restored()
     assert sources(document) == {FIRST: "database", SECOND: "database"}
     assert decision_s(document) <= DECISION_S
+
+
+def test_silent_servers_are_asked_beside_each_other(fleet: Fleet, standby: Path) -> None:
+    with ExitStack() as silent:
+        one, two, three = (
+            silent.enter_context(closing(socket.create_server(("127.0.0.1", 0)))).getsockname()[1] for _ in range(3)
+        )
+        fleet.env["DATABASE_URL"] = f"postgresql://u:p@127.0.0.1:{one},127.0.0.1:{two}/db"
+        fleet.env["OPSCTL_REPLICA_URL"] = f"postgresql://u:p@127.0.0.1:{three}/db"
+        document = fleet.restored()
+    assert decision_s(document) <= DECISION_S
+    assert sources(document) == {FIRST: "standby", SECOND: "standby"}
+    for name in (f"database 127.0.0.1:{one}", f"database 127.0.0.1:{two}", "replica"):
+        assert any(f"{name} is no source" in note and "did not answer" in note for note in document["notes"]), name
+
+
+def test_what_is_printed_names_the_source_its_age_and_why_the_others_lost(fleet: Fleet, standby: Path) -> None:
+    """For people, in 80 columns."""
+    _protected_type_gone(fleet)
+    done = fleet.restore()
+    assert done.returncode == 0, done
+    lines = [line.split() for line in done.stdout.splitlines()]
+    (first,) = [words for words in lines if words[:1] == [FIRST]]
+    (second,) = [words for words in lines if words[:1] == [SECOND]]
+    assert first[1:3] == ["restored", "standby"]
+    assert re.fullmatch(r"[0-9]+ s", " ".join(first[3:5]))
+    assert second[1:3] == ["restored", "database"]
+    assert "RPO paid" in done.stdout
+    said = " ".join((done.stdout + done.stderr).split())
+    assert "not from database: it has 0 of 14 keys of type pre-key that standby 00000001 has" in said
+    assert re.search(r"not from standby 00000001: [0-9]+ s older", said)
 
 
 def test_dropped_tables_are_no_source(fleet: Fleet, standby: Path) -> None:
@@ -394,6 +426,13 @@ def test_a_replica_is_used_when_the_primary_is_gone_and_only_then(fleet: Fleet) 
     document = fleet.restored("--discard-changes", "--yes")
     assert sources(document) == {FIRST: "replica", SECOND: "replica"}
     assert {row["copy"] for row in document["rows"]} == {"possibly stale"}
+
+
+def test_a_replica_that_is_asked_for_by_name_is_used_though_the_primary_answers(fleet: Fleet) -> None:
+    fleet.env["OPSCTL_REPLICA_URL"] = fleet.database.url
+    document = fleet.restored("--source", "replica")
+    assert sources(document) == {FIRST: "replica", SECOND: "replica"}
+    assert whole(fleet)
 
 
 def test_a_replica_is_asked_for_by_name_only_where_there_is_one(fleet: Fleet) -> None:

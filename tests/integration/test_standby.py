@@ -456,6 +456,13 @@ def test_a_replica_that_lagged_and_was_promoted_is_held_and_the_last_good_copy_r
         reasons = ("at an earlier transaction than the copy", "the server is on timeline 2 instead of 1")
         assert any(reason in report.failure.message for reason in reasons)
         assert warm.whole() == good
+        promoted.execute("CHECKPOINT")
+        # Each from where its newest row is: the first went on after the replica had stopped to listen.
+        document = warm.fleet.restored("--to", place / "automatically")
+        assert {company: row["source"].split()[0] for company, row in rows_of(document).items()} == {
+            FIRST: "standby",
+            SECOND: "database",
+        }
         document = warm.fleet.restored("--source", "standby")
         assert results(document) == {FIRST: "restored", SECOND: "restored"}
         files = keys(warm.fleet.folder())

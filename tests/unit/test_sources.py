@@ -27,7 +27,7 @@ def source(kind: Kind, *, name: str = "", in_recovery: bool = False, **offer: An
     made = Source(kind, name or str(kind))
     if kind in {Kind.DATABASE, Kind.REPLICA}:
         server = Server(True, in_recovery, 150000, ago(), None, ago(minutes=15), 1)
-        made.snapshot = Snapshot(None, server)  # type: ignore[arg-type] - nothing is read of it
+        made.snapshot = Snapshot(None, server)  # type: ignore[arg-type]  # nothing is read through it
     keyed = {"session": 100, "pre-key": 100} if kind is not Kind.CACHE else None
     basis = Offer(COMPANY, made, has_creds=True, key_count=200, as_of=ago(), newest_at=ago(), keys_by_type=keyed)
     made.add(replace(basis, **{"account": "one", "system_identifier": "7", "timeline": 1, **offer}))
