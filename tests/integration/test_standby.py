@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
     from opsctl.stores.postgres import Snapshot
     from opsctl.stores.standby import Copy
     from tests.conftest import Finished, RunOpsctl
+    from tests.forks import Forks
 
 ENVIRONMENT = "production"
 REPOSITORY = Path(__file__).parents[2]
@@ -773,6 +775,64 @@ def test_a_sync_killed_at_any_instant_leaves_a_whole_copy_of_every_company(warm:
         assert warm.entries(company) == fresh(warm, company)
     assert not list(warm.path.glob("company_*/building"))
     assert not list(warm.path.glob("company_*/trash-*"))
+
+
+DYING = "from tests.forks import die_at\ndie_at({point})"
+
+
+def test_a_sync_killed_at_each_of_its_steps_leaves_copies_that_can_be_restored(warm: Warm, forking: Forks) -> None:
+    write = "UPDATE whatsapp_keys SET value = to_jsonb(%s::int), updated_at = now() WHERE key_type = 'session'"
+    warm.execute(write, [0])
+    warm.synced()
+    env = {**warm.fleet.env, "HOME": str(warm.fleet.place)}
+    killed = newest = 0
+    for point in itertools.count(1):
+        warm.execute(write, [point])
+        done = forking.run("standby", "sync", env=env, before=DYING.format(point=point))
+        for company in (FIRST, SECOND):
+            copy = warm.copy(company)
+            assert copy.damage is None
+            assert warm.store.damage(copy.path, company_id=company) is None
+        if done.returncode != -signal.SIGKILL:
+            break
+        killed += 1
+        if point % 3 == 0:
+            document = warm.fleet.restored("--source", "standby")
+            assert set(results(document).values()) <= {"restored", "unchanged"}
+            (version,) = {int(path.read_text()) for path in warm.fleet.folder().glob("session-*.json")}
+            assert newest <= version <= point
+            newest = version
+    assert done.returncode == 0, done
+    assert killed > 20
+    assert newest
+    warm.whole()
+    assert warm.entries() == fresh(warm)
+
+
+def test_a_restore_killed_at_each_of_its_steps_leaves_copies_that_can_be_restored(
+    fleet: Fleet, forking: Forks
+) -> None:
+    """Also between taking a ready copy away and making it again, which takes one filesystem for both."""
+    warm = Warm(fleet, fleet.place / "standby")
+    warm.synced()
+    env = {**warm.fleet.env, "HOME": str(warm.fleet.place)}
+    words = ("sessions", "restore", "--source", "standby", "--company", FIRST, "--json")
+    taken = 0
+    for point in itertools.count(1):
+        shutil.rmtree(warm.fleet.target, ignore_errors=True)
+        done = forking.run(*words, env=env, before=DYING.format(point=point))
+        taken += warm.copy().ready is None
+        assert warm.store.damage(warm.copy().path, company_id=FIRST) is None
+        if done.returncode != -signal.SIGKILL:
+            break
+        if warm.copy().ready is None:
+            document = warm.fleet.restored(*words[2:-1])
+            assert results(document)[FIRST] in {"restored", "unchanged"}  # it may have come into place before
+            assert set(digests(warm.fleet.folder())) == set(digests(warm.copy().path))
+            assert warm.synced().exit_code == 0
+            warm.whole()
+    assert done.returncode == 0, done
+    assert taken > 3
 
 
 # The live folders.
