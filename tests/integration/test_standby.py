@@ -809,9 +809,7 @@ def test_a_sync_killed_at_each_of_its_steps_leaves_copies_that_can_be_restored(w
     assert warm.entries() == fresh(warm)
 
 
-def test_a_restore_killed_at_each_of_its_steps_leaves_copies_that_can_be_restored(
-    fleet: Fleet, forking: Forks
-) -> None:
+def test_a_restore_killed_at_each_of_its_steps_leaves_copies_that_can_be_restored(fleet: Fleet, forking: Forks) -> None:
     """Also between taking a ready copy away and making it again, which takes one filesystem for both."""
     warm = Warm(fleet, fleet.place / "standby")
     warm.synced()
