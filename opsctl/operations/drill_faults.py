@@ -53,6 +53,8 @@ def rehearse_fault(
         _break(fault, server, victim)
     if fault is Fault.DISK_FULL:
         checks.append(_full_disk(scene, journal))
+    if fault is Fault.READ_ONLY:
+        checks.append(_takes_no_writes(server))
     try:
         with journal.step("restore from what is left"):
             restored = scene.opsctl("sessions", "restore", "--service-stopped")
@@ -79,6 +81,13 @@ def _break(fault: Fault, server: EmbeddedServer, victim: str) -> None:
         with psycopg.connect(server.conninfo(), autocommit=True) as connection:
             for statement in _STATEMENTS.get(fault, ()):
                 connection.execute(statement, {"company_id": victim})
+
+
+def _takes_no_writes(server: EmbeddedServer) -> Check:
+    """Reading goes on as before, so that nothing else would show whether the fault was there."""
+    with psycopg.connect(server.conninfo()) as connection:
+        said = connection.info.parameter_status("default_transaction_read_only")
+    return Check("the database takes no writes", said == "on", f"default_transaction_read_only is {said}")
 
 
 def _checks_of(restored: Finished, fault: Fault, victim: str, companies: int) -> Sequence[Check]:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from tests.conftest import RunOpsctl
+    from tests.forks import Forks
 
 REPOSITORY = Path(__file__).parents[2]
 SMALL = ("--companies", "3", "--keys", "60")
@@ -310,6 +311,16 @@ def test_each_fault_of_the_database_is_survived_from_what_is_left(
     assert {row["check"]: row["passed"] for row in document["rows"]} == {row["check"]: True for row in document["rows"]}
     assert any(row["check"] == "the source of every company" for row in document["rows"])
     assert not list(place.iterdir())
+
+
+@pytest.mark.parametrize("fault", [Fault.READ_ONLY, Fault.CORRUPT_CREDS, Fault.DELETED_COMPANY, Fault.ROLLED_BACK])
+def test_a_fault_that_was_not_there_is_not_survived(fault: Fault, place: Path, forking: Forks) -> None:
+    """What was to break the database does nothing."""
+    words = ("drill", "run", "--fault", fault, "--companies", "2", "--keys", "60", "--scratch", place, "--json")
+    unbroken = "import opsctl.operations.drill_faults as faults\nfaults._STATEMENTS.clear()"
+    done = forking.run(*words, env={"HOME": str(place.parent)}, before=unbroken)
+    assert done.returncode == 1, done
+    assert [row["check"] for row in done.json()["rows"] if not row["passed"]]
 
 
 @needs.namespace("mount")
