@@ -310,7 +310,7 @@ def delete(
                 keys.lock_keys(connection)
                 archive = opened.enter_context(new_archive(state_dir, head, keep=keep_archives))
                 archive.concerns(*(row.company_id for row in found.census if row.expired_count))
-                Pass(connection, found.expiry, archive, limits, progress, advance).run(found.sizes)
+                Pass(connection, found.expiry, found.sizes, archive, limits, progress, advance).run()
                 after = keys.measure_tables(connection)
         except (KeyboardInterrupt, OpsctlError, OSError) as error:
             ended = unwritable(state_dir, error) if isinstance(error, OSError) else error

@@ -28,9 +28,9 @@ _AIM_S = 0.025
 """What a transaction's work is cut for: with the wait for the disk it then still stays below 0.1 s."""
 _AIM_BESIDE_A_SERVICE_S = 0.008
 _CHANGED_BESIDE_A_SERVICE = 4
-"""Blocks a transaction with a pause may change: whoever commits meanwhile waits until its log is on the disk, and after
-a checkpoint that is 8 KiB a block. With 4, the p99 of upserts grew x 1.04 to 1.22, with 8 to 2.1, with 16 to 2.3, and
-with what 8 ms allow to 4.4 (benchmarks/cleanup.py)."""
+"""Blocks, of all partitions together, that a transaction with a pause may change: whoever commits meanwhile waits
+until its log is on the disk, and after a checkpoint that is 8 KiB a block. With 4, the p99 of upserts grew x 1.04 to
+1.22, with 8 to 2.1, with 16 to 2.3, and with what 8 ms allow to 4.4 (benchmarks/cleanup.py)."""
 _MOST_ROWS_IN_A_BLOCK = 291
 """MaxHeapTuplesPerPage of 8 KiB (PostgreSQL, src/include/access/htup_details.h)."""
 _ATTEMPTS = 3
@@ -49,7 +49,8 @@ class Batch:
     def adapt(self, done: int, seconds: float, *, changed: int = 0) -> None:
         """Towards `aim_s`, at most twice as many the next time, or a quarter; a small rest says nothing.
 
-        Of them `changed` were changed; the next time no more than `most_changed` are, if they are as many of each.
+        `changed` blocks were changed meanwhile; the next time no more than `most_changed` are, if they are as many of
+        each.
         """
         if done >= self.size or seconds > self.aim_s:
             factor = max(0.25, min(2.0, self.aim_s / seconds))
@@ -97,6 +98,7 @@ class Pass:
         self,
         connection: Connection,
         expiry: Expiry,
+        sizes: TableSizes,
         archive: Archive,
         limits: Limits,
         progress: Progress,
@@ -104,22 +106,24 @@ class Pass:
     ) -> None:
         self._connection = connection
         self._expiry = expiry
+        self._sizes = sizes
         self._archive = archive
         self._limits = limits
         self._advance = advance
         self._started = time.monotonic()
         if limits.pause_ratio:
-            few = _CHANGED_BESIDE_A_SERVICE
-            self._blocks = Batch(few, fewest=few, most=256, aim_s=_AIM_BESIDE_A_SERVICE_S, most_changed=few)
+            most_changed = _CHANGED_BESIDE_A_SERVICE
+            few = max(1, most_changed // sizes.parts)
+            self._blocks = Batch(few, fewest=few, most=256, aim_s=_AIM_BESIDE_A_SERVICE_S, most_changed=most_changed)
             self._rows = Batch(100, fewest=100, most=20_000, aim_s=_AIM_BESIDE_A_SERVICE_S)
         else:
             self._blocks = Batch(16, fewest=4, most=256)
             self._rows = Batch(500, fewest=100, most=20_000)
         self.progress = progress
 
-    def run(self, sizes: TableSizes) -> None:
+    def run(self) -> None:
         """Go through all blocks of every partition. Signals are answered between two transactions."""
-        first = 0
+        sizes, first = self._sizes, 0
         try:
             while first < sizes.blocks:
                 blocks = range(first, min(first + self._blocks.size, sizes.blocks))
@@ -139,7 +143,7 @@ class Pass:
             try:
                 with self._counted(), self._archive.transaction(self._connection) as keep:
                     deleted = keys.delete_expired_range(self._connection, self._expiry, blocks, keep)
-                    changed = min(len(blocks), deleted.total())
+                    changed = min(len(blocks) * self._sizes.parts, deleted.total())
                     self._blocks.adapt(len(blocks), time.monotonic() - began, changed=changed)
             except (psycopg.errors.DeadlockDetected, psycopg.errors.LockNotAvailable):
                 return False

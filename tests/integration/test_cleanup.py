@@ -316,6 +316,35 @@ def test_a_partitioned_table_is_cleaned_up_through_its_name(fleet: Fleet) -> Non
         database.execute("DROP ROLE cleaner")
 
 
+@pytest.mark.parametrize("parts", [1, 4])
+def test_beside_a_service_a_transaction_changes_four_blocks_at_most_of_all_partitions_together(
+    fleet: Fleet, parts: int
+) -> None:
+    database = fleet.database
+    database.execute("DROP TABLE whatsapp_keys")
+    database.execute(
+        "CREATE TABLE whatsapp_keys (company_id text, key_type text, key_id text, value jsonb, created_at timestamptz,"
+        " updated_at timestamptz, expires_at timestamptz) PARTITION BY HASH (key_id)"
+    )
+    for number in range(parts):
+        database.execute(
+            f"CREATE TABLE part_{number} PARTITION OF whatsapp_keys "
+            f"FOR VALUES WITH (MODULUS {parts}, REMAINDER {number})"
+        )
+    database.execute(  # about four rows in a block
+        "INSERT INTO whatsapp_keys (company_id, key_type, key_id, value, updated_at, expires_at) "
+        "SELECT %s, 'session', number::text, to_jsonb(repeat('x', 1800)), '2020-01-01', '2020-01-08' "
+        "FROM generate_series(1, 400) AS number",
+        [FIRST],
+    )
+    ((blocks,),) = database.execute(
+        "SELECT sum(pg_relation_size(relid) / 8192)::int FROM pg_partition_tree('whatsapp_keys') WHERE isleaf"
+    )
+    facts = cleaned(fleet)["facts"]
+    assert facts["deleted"] == 400
+    assert 90 <= blocks <= facts["transactions"] * 4
+
+
 def test_tables_that_are_missing_or_other_are_named(fleet: Fleet) -> None:
     for damage, name in (
         ("ALTER TABLE whatsapp_keys RENAME updated_at TO changed", "updated_at"),
