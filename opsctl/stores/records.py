@@ -83,6 +83,7 @@ class Origin:
 
 
 _SHA256, _ROW = re.compile("[0-9a-f]{64}"), re.compile("[0-9a-f]{32}")
+_NO_ROW = "0" * 32
 _FIELDS = ("sha256", "type", "id", "form", "updated_at", "expires_at", "row")
 
 
@@ -95,37 +96,34 @@ class ManifestDamaged(ValueError):
     """The manifest is not one of ours, or torn."""
 
 
-def entry_json(entry: FileEntry) -> bytes:
-    """One file's entry as the manifest has it, without braces: half the size of the tuple that it is made from.
+def packed(entry: FileEntry) -> bytes:
+    """One file's entry in a third of the memory that the tuple takes, for as long as its company is written.
 
-    A copy, because what orjson gives keeps the kilobyte that it was written into.
+    >>> entry = FileEntry("ab" * 32, "pre-key", "5", "json", "2026-01-31 03:04:05+00", None, "cd" * 16)
+    >>> unpacked(packed(entry)) == entry, len(packed(entry))
+    (True, 86)
     """
     digest, key_type, key_id, form, updated_at, expires_at, row = entry
-    fields = {
-        "sha256": digest,
-        "type": key_type,
-        "id": key_id,
-        "form": form,
-        "updated_at": updated_at,
-        "expires_at": expires_at,
-        "row": row,
-    }
-    return orjson.dumps(fields)[1:-1]
+    words = "\0".join((key_type, key_id, form, updated_at or "", expires_at or ""))
+    return bytes.fromhex(digest + row if row else digest + _NO_ROW) + words.encode()
 
 
-def entry_of(data: bytes) -> FileEntry:
-    """The entry that `entry_json` made."""
-    fields = orjson.loads(b"{%b}" % data)
-    return FileEntry(*(fields[field] for field in _FIELDS))
+def unpacked(data: bytes) -> FileEntry:
+    """The entry that `packed` made."""
+    key_type, key_id, form, updated_at, expires_at = data[48:].decode().split("\0")
+    row = data[32:48].hex()
+    return FileEntry(
+        data[:32].hex(), key_type, key_id, form, updated_at or None, expires_at or None, None if row == _NO_ROW else row
+    )
 
 
-def manifest_lines(origin: Origin, entries: Iterable[tuple[str, bytes]]) -> Iterator[bytes]:
-    """The manifest's bytes in pieces, from file names and their entries as `entry_json` makes them."""
+def manifest_lines(origin: Origin, files: Iterable[tuple[str, FileEntry]]) -> Iterator[bytes]:
+    """The manifest's bytes in pieces, from file names and their entries."""
     head = orjson.dumps({"schema": MANIFEST_SCHEMA, **asdict(origin)})
     yield head[:-1] + b',"files":{\n'
     separator = b""
-    for name, entry in entries:
-        yield b"%b%b:{%b}" % (separator, orjson.dumps(name), entry)
+    for name, entry in files:
+        yield b"%b%b:%b" % (separator, orjson.dumps(name), orjson.dumps(dict(zip(_FIELDS, entry, strict=True))))
         separator = b",\n"
     yield b"\n" + _END
 

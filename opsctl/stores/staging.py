@@ -22,9 +22,9 @@ from opsctl.stores.records import (
     ManifestDamaged,
     Origin,
     Record,
-    entry_json,
-    entry_of,
     manifest_lines,
+    packed,
+    unpacked,
 )
 
 if TYPE_CHECKING:
@@ -120,7 +120,7 @@ class Staged:
 class CompanyWriter:
     """Writes the files of one company into an empty folder; with `folder_fd=None` it only computes them.
 
-    `add` each record, then `finish`. Memory grows by about 300 bytes per key: the manifest, kept until the end because
+    `add` each record, then `finish`. Memory grows by about 250 bytes per key: the manifest, kept until the end because
     of two rows that want one file the newer wins.
     """
 
@@ -174,7 +174,7 @@ class CompanyWriter:
         if problem is not None:
             self._warn(entry.key_type, problem, name)
         if in_place:
-            self._entries[name] = entry_json(entry)
+            self._entries[name] = packed(entry)
         else:
             self._write(name, data, entry)
         self._count(entry.key_type, entry.key_id, data)
@@ -198,7 +198,7 @@ class CompanyWriter:
 
     def keep(self, name: str, entry: FileEntry) -> None:
         """Take over a file that has not changed since another generation; the caller has put it in place."""
-        self._entries[name] = entry_json(entry)
+        self._entries[name] = packed(entry)
         self._counts[entry.key_type] += 1
 
     def finish(self) -> Staged:
@@ -219,7 +219,7 @@ class CompanyWriter:
         digest = sha256(creds).hexdigest()
         entry = FileEntry(digest, CREDS_TYPE, "", self._creds_form, order.creds_updated_at, None)
         if self._fd is not None:
-            self._write_manifest([(CREDS_FILE, entry_json(entry))])
+            self._write_manifest([(CREDS_FILE, entry)])
         self._write(CREDS_FILE, creds, entry)
         self._write_pending()
         return Staged(
@@ -239,10 +239,10 @@ class CompanyWriter:
 
     def digests(self) -> Iterator[tuple[str, str]]:
         """File names and SHA-256, also where nothing was written."""
-        return ((name, entry_of(entry).sha256) for name, entry in self._entries.items())
+        return ((name, unpacked(entry).sha256) for name, entry in self._entries.items())
 
     def _write(self, name: str, data: bytes, entry: FileEntry) -> None:
-        self._entries[name] = entry_json(entry)
+        self._entries[name] = packed(entry)
         size = len(data)
         if self._fd is None:
             self._allocated += -(-size // _BLOCK) * _BLOCK
@@ -276,7 +276,7 @@ class CompanyWriter:
 
     def _is_newer(self, name: str, record: Record) -> bool:
         """Two rows want one file. Says whether the second one is newer, and has removed the first if so."""
-        older = entry_of(self._entries[name])
+        older = unpacked(self._entries[name])
         # Of the same moment the type and id decide, so that the order of the rows never does.
         newer = (record.updated_at or "", record.key_type, record.key_id) > (
             older.updated_at or "",
@@ -297,11 +297,12 @@ class CompanyWriter:
             self._left_out.append(LeftOut(key_type, key_id, why))
         self._warnings.add("left out, because it cannot be a file of its own", why)
 
-    def _write_manifest(self, more: list[tuple[str, bytes]]) -> None:
+    def _write_manifest(self, more: list[tuple[str, FileEntry]]) -> None:
         origin = replace(self._order.origin, me_sha256=self._me_sha256)
+        entries = ((name, unpacked(entry)) for name, entry in self._entries.items())
         descriptor = os.open(MANIFEST_FILE, _CREATE, 0o600, dir_fd=self._fd)
         with open(descriptor, "wb", buffering=256 * 1024) as file:  # noqa: PTH123 - a descriptor has no Path
-            file.writelines(manifest_lines(origin, chain(self._entries.items(), more)))
+            file.writelines(manifest_lines(origin, chain(entries, more)))
 
 
 class CopyDamaged(Exception):

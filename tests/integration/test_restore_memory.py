@@ -87,6 +87,13 @@ def restore(database: Database, target: Path) -> Peak:
     return peak
 
 
+def restore_anew(database: Database, target: Path) -> float:
+    """The peak of all processes together, of a restore to where nothing stands."""
+    peak = restore(database, target)
+    shutil.rmtree(target)
+    return peak.together
+
+
 def seed(database: Database, companies: int, keys: int) -> None:
     with database.connect(autocommit=False) as connection:
         seed_fleet(connection, companies=companies, keys_per_company=keys, seed=1, key_pair_pool=16)
@@ -103,7 +110,8 @@ def test_as_many_companies_of_100_000_keys_as_there_can_be_writers_take_no_more_
     database: Database, target: Path
 ) -> None:
     seed(database, MOST_LANES, 2317)
-    ordinary = restore(database, target)
+    # What is looked at from outside may miss a short peak, and what it misses here would count twice below.
+    ordinary = max(restore_anew(database, target) for _ in range(3))
     # Half of 100,000 keys, because of the time: what they add to a production company counts twice. The whole is
     # restored by benchmarks/growth.py.
     for index in ("idx_keys_company", "idx_keys_type", "idx_keys_expires"):
@@ -122,5 +130,5 @@ def test_as_many_companies_of_100_000_keys_as_there_can_be_writers_take_no_more_
         database.execute(f"UPDATE whatsapp_auth SET creds = creds || '{{\"accountSyncCounter\": {counter}}}'")
         peak = restore(database, target)
         assert len(peak.writers) == MOST_LANES
-        grown = peak.together - ordinary.together
-        assert ordinary.together + grown * 100_000 / fewest <= LIMIT_MIB, peak
+        grown = peak.together - ordinary
+        assert ordinary + grown * 100_000 / fewest <= LIMIT_MIB, (ordinary, peak)
