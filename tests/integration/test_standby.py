@@ -217,6 +217,18 @@ def test_only_rows_that_changed_are_read(synced: Warm) -> None:
     assert len(shared) == KEYS - count
 
 
+def test_a_run_looks_through_each_table_once_to_find_what_changed(synced: Warm) -> None:
+    looked = "SELECT relname, seq_scan + coalesce(idx_scan, 0) FROM pg_stat_user_tables WHERE relname LIKE 'whatsapp_%'"
+    synced.synced()  # what was written before is counted, too, when the connection ends
+    time.sleep(0.5)
+    before = dict(synced.execute(looked))
+    assert synced.synced().exit_code == 0
+    until(lambda: dict(synced.execute(looked)) != before)
+    time.sleep(0.5)
+    after = dict(synced.execute(looked))
+    assert {table: after[table] - before[table] for table in after} == {"whatsapp_auth": 1, "whatsapp_keys": 1}
+
+
 @pytest.mark.parametrize("frozen", [False, True], ids=["as written", "after VACUUM FREEZE"])
 @each_postgres
 def test_a_write_that_was_under_way_during_the_last_sync_is_not_missed(warm: Warm, frozen: bool) -> None:

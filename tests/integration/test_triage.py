@@ -60,13 +60,15 @@ class Scene:
         """The JSON document, in time, with a fitting exit code.
 
         Late is late by what it takes here, at that moment, to start and end a process. A machine that is too busy to
-        look to the end says so, and is given longer.
+        look to the end says so, and is given another five seconds, and as many once more.
         """
-        started = time.monotonic()
-        found = self._look(*words, env=env)
-        took_s = time.monotonic() - started
-        if found["facts"]["verdict"] is None and any("the time was up" in warning for warning in found["warnings"]):
-            return self._look(*words, "--deadline", "30", env=env)
+        for _ in range(3):
+            started = time.monotonic()
+            found = self._look(*words, env=env)
+            took_s = time.monotonic() - started
+            hurried = any("the time was up" in warning for warning in found["warnings"])
+            if found["facts"]["verdict"] is not None or not hurried:
+                break
         if "--deadline" not in words and took_s > LONGEST_S:
             started = time.monotonic()
             self.fleet.opsctl("--version")
