@@ -16,12 +16,12 @@ import time
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
-from functools import cached_property, wraps
+from functools import cached_property, partial, wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TextIO, get_type_hints
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from opsctl.errors import Interrupted, OpsctlError, Refused, SettingsError, SourceUnavailable, UsageError
 from opsctl.journal import Journal, Silent, Watcher
@@ -121,6 +121,34 @@ class Group(TyperGroup):
 
 
 _COMPLETION_OPTIONS = {"install_completion", "show_completion"}
+
+
+class Command(TyperCommand):
+    """A command that imports pydantic only where an option with a value was typed: most runs have none."""
+
+    def __init__(self, *args: Any, **more: Any) -> None:  # noqa: ANN401 - Typer's own
+        super().__init__(*args, **more)
+        for param in self.params:
+            vars(param)["get_runtime_param"] = partial(_IfGiven, getattr(param, "get_runtime_param"))  # noqa: B009
+
+    def get_help_option(self, ctx: Any) -> Any:  # noqa: ANN401 - Typer keeps the types of both to itself
+        option = super().get_help_option(ctx)
+        if option is not None:
+            option.default = False
+        return option
+
+
+@dataclass(frozen=True)
+class _IfGiven:
+    """What turns an option's text into its value, made when there is one: making it takes pydantic."""
+
+    made: Callable[[], Any]
+
+    def coerce(self, value: Any, param: Any, ctx: Any) -> Any:  # noqa: ANN401 - as Typer calls it
+        """The value, as Typer's own would give it."""
+        if value is None:
+            return () if param.multiple or param.nargs == -1 else None
+        return self.made().coerce(value, param=param, ctx=ctx)
 
 
 class Deadline:
@@ -282,7 +310,7 @@ def command(
         vars(framed)["__signature__"] = inspect.Signature(list(wanted.values()))
         framed.__annotations__ = {n: hints.get(n, p.annotation) for n, p in wanted.items()}
         epilog = "\b\nExamples:\n" + "\n".join(f"  {line}" for line in examples)
-        app.command(name, epilog=epilog)(framed)
+        app.command(name, cls=Command, epilog=epilog)(framed)
         return framed
 
     return register
