@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
     from opsctl.operations import health_checks
 
+EVERY_S = 10.0
+
 app = typer.Typer(cls=Group, help="The database itself: is it well?")
 
 
@@ -38,7 +40,9 @@ def health(
         ),
     ] = None,
     watch: Annotated[bool, typer.Option("--watch", help="Look again and again, until Ctrl-C or --deadline.")] = False,
-    every: Annotated[float, typer.Option("--every", metavar="SECONDS", min=0.2, help="How often to look.")] = 10.0,
+    every: Annotated[
+        float | None, typer.Option("--every", metavar="SECONDS", min=0.2, help="How often to look (10).")
+    ] = None,
     nagios: Annotated[
         bool, typer.Option("--nagios", help="One line with performance data; exit codes 0, 1, 2, 3.")
     ] = False,
@@ -75,7 +79,7 @@ def health(
             return replace(report(seen), plugin=plugin(seen))
         return report(seen)
 
-    return watched(run, look, every_s=every) if watch else look()
+    return watched(run, look, every_s=every or EVERY_S) if watch else look()
 
 
 def _groups(names: list[str]) -> "Collection[health_checks.Group]":
