@@ -349,3 +349,26 @@ def rows(
     """Run one query; its columns are the fields of `into`."""
     with connection.cursor(row_factory=class_row(into)) as cursor:  # type: ignore[arg-type]
         return cursor.execute(statement, values).fetchall()
+
+
+def rows_at_once(
+    connection: Connection,
+    begin: LiteralString,
+    statement: LiteralString,
+    into: Callable[..., T],
+    **values: Any,  # noqa: ANN401
+) -> list[T]:
+    """Run one query in a transaction of its own that `begin` opens and that is rolled back: one round trip in all.
+
+    The server's statement_timeout counts for each statement of it by itself (since PostgreSQL 13).
+    """
+    with psycopg.ClientCursor(connection, row_factory=class_row(into)) as cursor:  # type: ignore[arg-type]
+        try:
+            cursor.execute(f"{begin};\n{statement};\nROLLBACK", values)
+        except psycopg.Error:
+            if not connection.closed:
+                connection.execute("ROLLBACK")
+            raise
+        while cursor.description is None:
+            cursor.nextset()
+        return cursor.fetchall()

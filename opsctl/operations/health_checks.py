@@ -50,7 +50,9 @@ SPLIT_TYPES = frozenset({"app", "lid", "pre", "sender"})
 """What an early migration made of `app-state-sync-key` and others: the part before the first hyphen."""
 
 _BEGIN: LiteralString = (
-    "BEGIN READ ONLY; SET LOCAL statement_timeout = '2s'; SET LOCAL lock_timeout = '500ms'; SET LOCAL jit = off"
+    "BEGIN READ ONLY; SET LOCAL statement_timeout = '2s'; SET LOCAL lock_timeout = '500ms'; SET LOCAL jit = off;"
+    # Starting workers costs more than they save below this, and a server that is in trouble has none to spare.
+    " SET LOCAL min_parallel_table_scan_size = '256MB'"
 )
 
 
@@ -122,8 +124,7 @@ class Server:
         """The rows of one statement. Raises `psycopg.Error` or `DatabaseUnavailable`."""
         started = time.monotonic()
         try:
-            with self.transaction():
-                return db.rows(self.connection, statement, into, **values)
+            return db.rows_at_once(self.connection, _BEGIN, statement, into, **values)
         finally:
             self.asking_s += time.monotonic() - started
 
@@ -296,16 +297,17 @@ def check_latency(server: Server) -> Iterator[HealthRow]:
 
 def _probe(connection: db.Connection, names: Sequence[_KeyName]) -> Iterator[float]:
     began = time.monotonic()
+    cursor = connection.cursor()  # one for all: to make one costs as much as an answer
     for number in range(PROBES):
         name = names[number // 2 % len(names)]
         started = time.monotonic()
         if started - began > PROBING_S:
             return
         if number % 2:
-            connection.execute(query("read_creds"), {"company_id": name.company_id})
+            cursor.execute(query("read_creds"), {"company_id": name.company_id})
         else:
             values = {"company_id": name.company_id, "key_type": name.key_type, "key_id": name.key_id}
-            connection.execute(query("read_key"), values)
+            cursor.execute(query("read_key"), values)
         yield (time.monotonic() - started) * 1000
 
 
