@@ -29,7 +29,7 @@ COMPANIES, KEYS, ROUNDS, MANY = 20, 2_317, 11, 1_000_000
 LIMIT_MS, QUERIES_LIMIT_MS = 150.0, 50.0
 IMPORTS = (
     "import opsctl.cli, opsctl.cli.watch, opsctl.operations.health, psycopg, rich.table, rich.console, rich.text,"
-    " rich.box, dotenv.parser, tenacity, pydantic"
+    " rich.box, dotenv.parser, tenacity"
 )
 MORE_KEYS = """
 INSERT INTO whatsapp_keys (company_id, key_type, key_id, value, updated_at)
@@ -50,7 +50,11 @@ def main() -> int:
         )
         queries_ms: list[float] = []
         health = _timed(opsctl_words("db", "health", "--json"), environment, queries_ms)
-        contestants = {"imports": _timed([sys.executable, "-c", IMPORTS], environment, []), "db health": health}
+        contestants = {
+            "imports": _timed([sys.executable, "-c", IMPORTS], environment, []),
+            "db health": _timed(opsctl_words("db", "health"), environment, []),
+            "db health --json": health,
+        }
         for run in contestants.values():
             run()  # compiled and cached
         queries_ms.clear()
@@ -87,9 +91,9 @@ def _timed(words: list[str], environment: Mapping[str, str], queries_ms: list[fl
         started = time.monotonic()
         done = subprocess.run(words, env=dict(environment), capture_output=True, check=False)
         seconds = time.monotonic() - started
-        if done.returncode not in {0, 1} or done.stderr:
+        if done.returncode not in {0, 1}:
             raise RuntimeError(f"{words} ended with {done.returncode}: {done.stderr.decode()}")
-        if done.stdout:
+        if "--json" in words:
             queries_ms.append(orjson.loads(done.stdout)["facts"]["queries_ms"])
         return seconds
 
