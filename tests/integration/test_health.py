@@ -434,7 +434,7 @@ def test_a_replica_that_lags_seen_from_both_sides_and_slots_that_nobody_reads(ma
     with embedded_server(tmp_path, bin_dir=bin_dir, settings=settings) as primary, replica_of(primary) as replica:
         with psycopg.connect(primary.conninfo(), autocommit=True) as connection:
             create_schema(connection)
-            until(lambda: bool(connection.execute("SELECT replay_lsn FROM pg_stat_replication").fetchone()))
+            until(lambda: connection.execute("SELECT count(replay_lsn) FROM pg_stat_replication").fetchone() == (1,))
             rows = looked(primary.conninfo(), Group.REPLICATION)
             assert states(rows) == {"replica replica": State.OK}
             until(lambda: states(looked(replica.conninfo(), Group.REPLICATION)) == {"replay": State.OK})
