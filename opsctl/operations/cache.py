@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from opsctl.stores.postgres import Snapshot
 
 OVERWRITTEN = "a service that runs overwrites this at its next save, and reads the file only when it starts"
+NOT_CHECKED = "no file tells whether WhatsApp still knows the account, or whether another process uses it too"
 _FINGERPRINT = 12  # hexadecimal digits: enough to tell a thousand accounts apart
 _FIELDS_NAMED = 4
 
@@ -118,6 +119,7 @@ def inspect_cache(
             "leftovers": [left.name for left in cache_file.leftovers(path)],
         },
         warnings=_warnings(path, found, list(rows.values())),
+        notes=[NOT_CHECKED],
         details=[f"{row.company}: {finding}" for row in rows.values() for finding in row.findings],
         exit_code=1 if failure else 0,
         failure=failure,
@@ -163,7 +165,7 @@ def _drift(ours: CachedCreds | None, theirs: bytes | None) -> str:
         return "has it not"
     if ours is None:
         return "has it"
-    mine, others = revive(orjson.loads(ours.creds)), revive(orjson.loads(theirs))
+    mine, others = revive(orjson.loads(ours.creds)), _revived(theirs)
     if not (isinstance(mine, dict) and isinstance(others, dict)):
         return "is damaged"
     if mine.get("me") and others.get("me") and _me(mine) != _me(others):
@@ -173,6 +175,15 @@ def _drift(ours: CachedCreds | None, theirs: bytes | None) -> str:
         return "same"
     more = len(fields) - _FIELDS_NAMED
     return "differs: " + ", ".join(fields[:_FIELDS_NAMED]) + (f" and {more} more" if more > 0 else "")
+
+
+def _revived(creds: bytes) -> object:
+    """What the database has, None for what nobody can walk through: JSONB may be nested without end."""
+    try:
+        value = orjson.loads(creds)
+    except orjson.JSONDecodeError:
+        return None
+    return None if cache_file.nested_too_deeply(value) else revive(value)
 
 
 def _me(creds: dict[str, object]) -> object:
@@ -260,6 +271,8 @@ def _problem(company: str, creds: bytes) -> str | None:
     """Why the service could not start with these creds."""
     if not is_company_id(company):
         return "not a company id"
+    if cache_file.nested_too_deeply(orjson.loads(creds)):
+        return "nested too deeply"
     examined = credentials.examine(creds)
     if examined.unusable:
         return next(f.message for f in examined.findings if f.severity is credentials.Severity.UNUSABLE)
@@ -293,7 +306,9 @@ def warm_cache(
     if dropped:
         what = f"{len(dropped)} companies are not in the cache: {', '.join(map(ascii, sorted(dropped)))}"
         failure = Failure("half-done", what, hint="opsctl cache inspect --against database")
-    rows = [ChangedRow(c, "cached") if c in kept else ChangedRow(c, "left out", dropped[c]) for c in usable | left_out]
+    rows = [
+        ChangedRow(c, "left out", dropped[c]) if c in dropped else ChangedRow(c, "cached") for c in usable | left_out
+    ]
     return Report(
         f"{len(usable.keys() & kept)} companies cached in {cache.path} for {duration(cache.ttl.total_seconds())}",
         rows=rows,

@@ -36,6 +36,8 @@ LARGEST_FILE = 32 * 1024 * 1024
 """A thousand companies take about 12 MiB."""
 LARGEST_CREDS = 1024 * 1024
 MOST_ENTRIES = 100_000
+MOST_LEVELS = 64
+"""Credentials of Baileys have about five; whoever walks thousands of them runs out of stack."""
 MISSING, UNREADABLE = "cache-missing", "cache-unreadable"
 """Kinds of the `SourceUnavailable` that `read_cache` raises."""
 
@@ -207,8 +209,11 @@ def _entry(company_id: str, text: bytes) -> CachedCreds:
     except _Torn:
         raise _Damaged("not valid JSON") from None
     creds, keys, timestamp = fields.values()
-    if not isinstance(_loaded(creds, "creds", LARGEST_CREDS), dict):
+    value = _loaded(creds, "creds", LARGEST_CREDS)
+    if not isinstance(value, dict):
         raise _Damaged("its creds are no object")
+    if nested_too_deeply(value):
+        raise _Damaged("its creds are nested too deeply")
     _loaded(keys, "keys", LARGEST_CREDS)  # because they are written as they were read
     moment_ms = _loaded(timestamp, "timestamp", _LONGEST_NUMBER)
     if type(moment_ms) not in {int, float} or not 0 <= moment_ms <= _LAST_MS:
@@ -223,6 +228,21 @@ def _loaded(text: bytes, what: str, largest: int) -> Any:  # noqa: ANN401 - any 
         return orjson.loads(text)
     except orjson.JSONDecodeError:
         raise _Damaged(f"its {what} is not valid JSON") from None
+
+
+def nested_too_deeply(value: object) -> bool:
+    """Whether a JSON value has more than `MOST_LEVELS` objects and lists in each other.
+
+    >>> nested_too_deeply({"a": [[{}]]})
+    False
+    """
+    level = [value]
+    for _ in range(MOST_LEVELS + 1):
+        containers = [item for item in level if type(item) in {dict, list}]
+        if not containers:
+            return False
+        level = [item for one in containers for item in (one.values() if isinstance(one, dict) else one)]  # type: ignore[attr-defined] # a list
+    return True
 
 
 class _Torn(Exception):

@@ -170,6 +170,35 @@ def test_against_the_database_drift_is_named_by_field_and_never_by_value(app: Fl
     assert inspected(app, "--against", "database", "--env-file", "/dev/null").returncode == 1
 
 
+def test_creds_that_nobody_can_walk_through_are_damaged_with_a_reason_on_both_sides(app: Fleet) -> None:
+    deep: Any = []
+    for _ in range(100):
+        deep = {"type": "Buffer", "data": deep}
+    creds = json.loads(file_of(app).read_bytes())[FIRST]["creds"]
+    change(app, FIRST, creds={**creds, "noiseKey": {"private": deep, "public": deep}})
+    for words in ((), ("--against", "database")):
+        done = inspected(app, "--json", *words)
+        assert done.returncode == 1, done
+        assert rows_of(done)[FIRST]["state"] == "damaged"
+        assert rows_of(done)[FIRST]["findings"] == ["its creds are nested too deeply"]
+        assert done.json()["error"]["kind"] == "damaged"
+    change(app, FIRST, creds=creds)
+    endless = '{"a":' * 5000 + "1" + "}" * 5000
+    for text in (json.dumps({"a": deep}), endless):
+        app.database.execute("UPDATE whatsapp_auth SET creds = %s WHERE company_id = %s", [text, FIRST])
+        done = inspected(app, "--json", "--against", "database")
+        assert (done.returncode, rows_of(done)[FIRST]["database"]) == (1, "is damaged"), done
+        assert rows_of(app.opsctl("cache", "warm", "--json"))[FIRST]["result"] == "left out"
+
+
+def test_a_note_says_what_no_cache_file_can_tell(app: Fleet) -> None:
+    done = inspected(app)
+    assert (
+        "no file tells whether WhatsApp still knows the account, or whether another process uses it too" in done.stdout
+    )
+    assert len(inspected(app, "--json").json()["notes"]) == 1
+
+
 HOSTILE = {
     "of zero bytes": (1, "is no whole cache: empty"),
     "of another shape": (1, "is no whole cache: not a JSON object"),

@@ -93,6 +93,14 @@ DAMAGED: dict[str, tuple[str, str]] = {
     "creds that are torn inside": ('{"creds": {"a": tru}, "timestamp": 1}', "its creds is not valid JSON"),
     "keys that are torn inside": ('{"creds": {}, "keys": {1}, "timestamp": 1}', "its keys is not valid JSON"),
     "bottomless creds": ('{"creds": %s, "timestamp": 1}' % ('{"a":' * 2000 + "1" + "}" * 2000), "not valid JSON"),
+    "deep creds": (
+        '{"creds": %s, "timestamp": 1}' % ('{"a":' * 65 + "1" + "}" * 65),
+        "its creds are nested too deeply",
+    ),
+    "deep bytes": (
+        '{"creds": {"a": %s}, "timestamp": 1}' % ('{"type": "Buffer", "data":' * 500 + "[]" + "}" * 500),
+        "its creds are nested too deeply",
+    ),
     "huge creds": ('{"creds": {"a": "%s"}, "timestamp": 1}' % ("x" * 1024**2), "its creds has 1,048,585 bytes"),
     "without a timestamp": ('{"creds": {}}', "its timestamp is no time"),
     "a timestamp of words": ('{"creds": {}, "timestamp": "now"}', "its timestamp is no time"),
@@ -115,6 +123,11 @@ def test_a_damaged_entry_is_named_and_costs_no_other(path: Path, name: str) -> N
     assert damaged.company_id == "bad"
     assert problem in damaged.problem
     assert (found.torn, found.sound) == (None, False)
+
+
+def test_creds_of_64_levels_are_not_damaged(path: Path) -> None:
+    path.write_text('{"a": {"creds": %s, "timestamp": 1}}' % ('{"a":' * 64 + "1" + "}" * 64))
+    assert read_cache(path).sound
 
 
 @pytest.mark.parametrize("name", ["../x", "", "a b", "x" * 51, "\x1b[2J", "\udcff", "é"])
