@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import secrets
 import time
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from opsctl.errors import Refused, UsageError
@@ -16,6 +19,7 @@ if TYPE_CHECKING:
     from opsctl.operations.health_checks import HealthRow
 
 _CODES = {State.OK: 0, State.HIDDEN: 0, State.WARNING: 1, State.CRITICAL: 2, State.UNKNOWN: 3}
+_FOR_ALL = 0o644
 _WORDS = ("OK", "WARNING", "CRITICAL", "UNKNOWN")
 _UNITS = {"%": ("%", 1.0), "s": ("s", 1.0), "ms": ("s", 0.001), "B": ("B", 1.0)}
 """What the plugin guidelines know, and by what a value of ours has to be multiplied; anything else is a bare number."""
@@ -43,9 +47,12 @@ def _performance(row: HealthRow) -> str:
 
 
 def write_metrics(health: Health, file: Path) -> None:
-    """Write every value and state, in place in one step. Raises `UsageError` without the package, or `Refused`."""
+    """Write every value and state, in place in one step and for every user's collector: nothing of it is secret.
+
+    Raises `UsageError` without the package, or `Refused`.
+    """
     try:
-        from prometheus_client import CollectorRegistry, Gauge, write_to_textfile
+        from prometheus_client import CollectorRegistry, Gauge, generate_latest
     except ModuleNotFoundError:
         raise UsageError("--prometheus needs prometheus-client", hint="pip install 'opsctl[metrics]'") from None
     registry = CollectorRegistry()
@@ -66,6 +73,21 @@ def write_metrics(health: Health, file: Path) -> None:
     Gauge("opsctl_health_duration_seconds", "How long all checks took", registry=registry).set(health.elapsed_s)
     Gauge("opsctl_health_timestamp_seconds", "When they ended", registry=registry).set(time.time())
     try:
-        write_to_textfile(str(file), registry)
+        _replace(file, generate_latest(registry))
     except OSError as error:
         raise Refused(f"{file} cannot be written: {error.strerror}", hint="check --prometheus FILE") from None
+
+
+def _replace(file: Path, content: bytes) -> None:
+    """A reader sees the old file or the new one, each whole. The name in between is none that a collector reads."""
+    unseen = file.with_name(f"{file.name}.{secrets.token_hex(6)}")
+    try:
+        descriptor = os.open(unseen, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, _FOR_ALL)
+        with os.fdopen(descriptor, "wb") as out:
+            os.fchmod(descriptor, _FOR_ALL)  # whatever the umask
+            out.write(content)
+        unseen.replace(file)
+    except BaseException:
+        with suppress(OSError):
+            unseen.unlink(missing_ok=True)
+        raise
