@@ -72,6 +72,8 @@ def examine(settings: Settings, *, only: Collection[Group] = (), budget_s: float
                 for check in checks:
                     rows += _looked(check, server)
                 asking_s = server.asking_s
+                if server.connection.closed:
+                    rows = _stopped_answering(rows, in_time=time.monotonic() < connection.give_up_at)
         except DatabaseUnavailable as error:
             failure = Failure(error.kind, error.message, error.hint, error.runbook)
             rows.insert(0, HealthRow("reply", Group.REACH, State.CRITICAL, error.message, action=error.hint))
@@ -82,6 +84,14 @@ def examine(settings: Settings, *, only: Collection[Group] = (), budget_s: float
     rows.sort(key=lambda row: order.index(row.group))
     at = datetime.now(UTC).isoformat(timespec="seconds")
     return Health(tuple(rows), asking_s, time.monotonic() - started, at, failure)
+
+
+def _stopped_answering(rows: Sequence[HealthRow], *, in_time: bool) -> list[HealthRow]:
+    """The rows of a server that answered first and then no more: no single check's matter, and worse than unknown."""
+    reply = next((row for row in rows if row.check == "reply"), HealthRow("reply", Group.REACH, State.OK, "connected"))
+    why = "stopped answering in the middle" if in_time else "not all was answered in time"
+    stopped = replace(reply, state=State.CRITICAL, seen=f"{reply.seen}, then {why}", action="opsctl triage")
+    return [stopped, *(row for row in rows if row is not reply)]
 
 
 def _looked(check: Check, server: Server) -> list[HealthRow]:

@@ -41,8 +41,6 @@ STATEMENT_S = 2.0
 PROBES = 100
 PROBING_S = 1.0
 """Probes of a slow server end after this long: a few of them tell enough."""
-FEW_ROWS = 10_000
-"""So many dead or unvacuumed rows are nobody's trouble, whatever share they are."""
 MIB = 1024**2
 OLDEST_MAJOR = 15
 SEE_ALL = "GRANT pg_monitor to this role"
@@ -118,6 +116,8 @@ class Server:
         """Seconds spent on statements, probes aside."""
         self.pg_dump_major: Future[int | None] = Future()
         """Asked for while the database answers: Debian's is a script that takes longer than all its answers."""
+        self.companies: set[str] | None = None
+        """Those with credentials, once they could be read."""
         connection.stall_s = STATEMENT_S + 0.5  # it ends itself, if it lives
 
     def ask(self, statement: LiteralString, into: Callable[..., T], **values: Any) -> list[T]:  # noqa: ANN401
@@ -470,9 +470,10 @@ class _TableActivity:
 def check_tables(server: Server) -> Iterator[HealthRow]:
     """Dead rows, the last vacuum, and how often the cache had what was asked for."""
     found = server.ask(query("table_activity"), _TableActivity)
+    few_rows = server.settings["HEALTH_FEW_ROWS"]
     for table in found:
-        yield _dead_rows(table, server.settings["HEALTH_DEAD_ROWS_PERCENT"])
-        yield _last_vacuum(table, server.settings["HEALTH_VACUUM_DAYS"])
+        yield _dead_rows(table, server.settings["HEALTH_DEAD_ROWS_PERCENT"], few_rows=few_rows)
+        yield _last_vacuum(table, server.settings["HEALTH_VACUUM_DAYS"], few_rows=few_rows)
     if reads := sum(table.hits + table.reads for table in found):
         percent = 100 * sum(table.hits for table in found) / reads
         yield HealthRow(
@@ -480,20 +481,20 @@ def check_tables(server: Server) -> Iterator[HealthRow]:
         )
 
 
-def _dead_rows(table: _TableActivity, limits: Limits) -> HealthRow:
+def _dead_rows(table: _TableActivity, limits: Limits, *, few_rows: int) -> HealthRow:
     check, seen = f"dead rows of {_short(table.name)}", f"{table.dead:,} dead beside {table.live:,} live"
     percent = round(100 * table.dead / max(1, table.live + table.dead), 1)
-    if table.dead <= FEW_ROWS:
+    if table.dead <= few_rows:
         return HealthRow(check, Group.STORAGE, State.OK, seen, percent, "%")
     action = f"VACUUM {table.name}; is autovacuum running, does an old transaction hold it back?"
     return judged(check, Group.STORAGE, percent, limits, "%", seen=seen, action=action)
 
 
-def _last_vacuum(table: _TableActivity, limits: Limits) -> HealthRow:
+def _last_vacuum(table: _TableActivity, limits: Limits, *, few_rows: int) -> HealthRow:
     check, days = f"vacuum of {_short(table.name)}", round(table.vacuum_age_s / 86400, 2)
     ago = duration(table.vacuum_age_s)
     seen = f"{ago} ago" if table.was_vacuumed else f"none since the server started, {ago} ago"
-    if table.written <= FEW_ROWS:  # nothing to do for one
+    if table.written <= few_rows:  # nothing to do for one
         seen = f"{ago} ago" if table.was_vacuumed else "none, and little was written"
         return HealthRow(check, Group.STORAGE, State.OK, seen, days, "d")
     action = f"VACUUM (ANALYZE) {table.name}; is autovacuum on?"
@@ -625,14 +626,16 @@ def check_tls(server: Server) -> Iterator[HealthRow]:
         seen,
         action=None if verified else "sslmode=verify-full in DATABASE_URL",
     )
-    yield _certificate(info.hostaddr or info.host, info.port, info.host, server.settings["HEALTH_CERTIFICATE_DAYS"])
+    yield _certificate(server)
 
 
-def _certificate(address: str, port: int, host: str, limits: Limits) -> HealthRow:
+def _certificate(server: Server) -> HealthRow:
     from opsctl.certificate import certificate_expiry
 
+    info, limits = server.connection.info, server.settings["HEALTH_CERTIFICATE_DAYS"]
+    timeout_s = min(STATEMENT_S, server.connection.give_up_at - time.monotonic())
     try:
-        expiry = certificate_expiry(address, port, server_name=host, timeout_s=STATEMENT_S)
+        expiry = certificate_expiry(info.hostaddr or info.host, info.port, server_name=info.host, timeout_s=timeout_s)
     except (OSError, ValueError):
         return HealthRow("certificate", Group.TLS, State.UNKNOWN, "the certificate could not be read")
     days = (expiry - datetime.now(UTC)) / timedelta(days=1)
@@ -661,20 +664,23 @@ class _KeyGroup:
     within_30_days: int
 
 
-def check_auth(server: Server) -> Iterator[HealthRow]:
-    """Credentials, keys by type and age, keys without credentials, what a cleanup would delete, mis-typed rows."""
-    companies = {row.company_id for row in server.ask(query("summarise_auth"), _AuthRecord)}
+def check_credentials(server: Server) -> Iterator[HealthRow]:
+    """The companies that can log in."""
+    server.companies = {row.company_id for row in server.ask(query("summarise_auth"), _AuthRecord)}
+    count = len(server.companies)
+    state, action = State.OK, None
+    if not count:
+        state, action = State.CRITICAL, "no company can log in: is this the right database? opsctl triage"
+    yield HealthRow("credentials", Group.AUTH, state, f"{count} companies", float(count), action=action)
+
+
+def check_keys(server: Server) -> Iterator[HealthRow]:
+    """Keys by type and age, keys without credentials, what a cleanup would delete, mis-typed rows: in one scan."""
     retention = f"{server.settings['DB_CLEANUP_RETENTION_DAYS']} days"
     groups = server.ask(query("summarise_keys"), _KeyGroup, retention=retention)
-    orphaned = {group.company_id for group in groups} - companies
-    state, action = State.OK, None
-    if not companies:
-        state, action = State.CRITICAL, "no company can log in: is this the right database? opsctl triage"
-    elif orphaned:
-        state, action = State.WARNING, f"keys without credentials: {', '.join(map(ascii, sorted(orphaned)[:5]))}"
-    seen = f"{len(companies)} companies" + (f", {len(orphaned)} with keys alone" if orphaned else "")
-    yield HealthRow("credentials", Group.AUTH, state, seen, float(len(companies)), action=action)
     yield from _keys(groups)
+    if server.companies is not None:  # otherwise the credentials' own row says why nobody knows
+        yield _orphaned({group.company_id for group in groups} - server.companies)
     expired = sum(group.expired for group in groups if _expires(group.key_type))
     yield judged(
         "expired keys",
@@ -693,6 +699,18 @@ def check_auth(server: Server) -> Iterator[HealthRow]:
         f"{split:,} of the types app, lid, pre, sender" if split else "none",
         float(split),
         action="opsctl keys doctor" if split else None,
+    )
+
+
+def _orphaned(companies: set[str]) -> HealthRow:
+    named = ", ".join(map(ascii, sorted(companies)[:5]))
+    return HealthRow(
+        "orphaned keys",
+        Group.AUTH,
+        State.WARNING if companies else State.OK,
+        f"{len(companies)} companies have keys and no credentials" if companies else "none",
+        float(len(companies)),
+        action=f"keys without credentials: {named}" if companies else None,
     )
 
 
@@ -804,7 +822,8 @@ DATABASE_CHECKS = (
     Check("replay", Group.REPLICATION, check_own_replay),
     Check("slots", Group.REPLICATION, check_slots),
     Check("tls", Group.TLS, check_tls),
-    Check("credentials", Group.AUTH, check_auth),
+    Check("credentials", Group.AUTH, check_credentials),
+    Check("keys", Group.AUTH, check_keys),
     Check("version", Group.REACH, check_version),
 )
 LOCAL_CHECKS = (LocalCheck("standby", Group.AUTH, check_standby), LocalCheck("disk", Group.STORAGE, check_disks))

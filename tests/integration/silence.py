@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 
 @contextlib.contextmanager
@@ -30,6 +30,40 @@ def full_backlog() -> Iterator[int]:
             client.setblocking(False)
             client.connect_ex(server.getsockname())
         yield server.getsockname()[1]
+
+
+@contextlib.contextmanager
+def answers_once(
+    server_port: int, *, then: Callable[[socket.socket], None] | None = None, host: str = "127.0.0.1"
+) -> Iterator[int]:
+    """A way to a server of this machine for the first connection, or for all; `then` has those that come later."""
+    listener = socket.create_server((host, 0))
+    with contextlib.ExitStack() as open_sockets:
+
+        def pass_on(source: socket.socket, target: socket.socket) -> None:
+            with contextlib.suppress(OSError):
+                while data := source.recv(65536):
+                    target.sendall(data)
+                target.shutdown(socket.SHUT_WR)
+
+        def accept() -> None:
+            number = 0
+            with contextlib.suppress(OSError):
+                while True:
+                    client = open_sockets.enter_context(listener.accept()[0])
+                    number += 1
+                    if number > 1 and then is not None:
+                        threading.Thread(target=then, args=(client,), daemon=True).start()
+                        continue
+                    server = open_sockets.enter_context(socket.create_connection(("127.0.0.1", server_port)))
+                    for pair in ((client, server), (server, client)):
+                        threading.Thread(target=pass_on, args=pair, daemon=True).start()
+
+        threading.Thread(target=accept, daemon=True).start()
+        try:
+            yield listener.getsockname()[1]
+        finally:
+            listener.close()
 
 
 @dataclass

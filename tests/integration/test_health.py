@@ -33,6 +33,7 @@ from opsctl.settings import load
 from tests import needs
 from tests.conftest import DEBIAN, EMBEDDED, Database, debian_postgres_bin, each_postgres
 from tests.integration.fleet import FIRST, Fleet, unchanged
+from tests.integration.silence import answers_once
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -146,8 +147,9 @@ def test_who_waits_for_a_lock_and_who_holds_it(database: Database) -> None:
             began = time.monotonic()
             rows = looked(database.url)
             assert time.monotonic() - began < 5
-            assert (rows["credentials"].state, rows["latency"].state) == (State.UNKNOWN, State.UNKNOWN)
-            assert "another session has locked a table" in rows["credentials"].seen
+            assert (rows["keys"].state, rows["latency"].state) == (State.UNKNOWN, State.UNKNOWN)
+            assert "another session has locked a table" in rows["keys"].seen
+            assert rows["credentials"].seen == "0 companies"
             assert rows["tls"].state is rows["wraparound"].state is rows["blocked"].state is State.OK
 
 
@@ -298,6 +300,24 @@ def test_tls_and_the_days_that_the_certificate_has_left(own: EmbeddedServer) -> 
     )
 
 
+def test_a_certificate_that_is_not_shown_costs_two_seconds_or_what_is_left_of_the_command(own: EmbeddedServer) -> None:
+    if own.password is None:
+        return
+
+    def says_yes_and_no_more(client: socket.socket) -> None:
+        time.sleep(1.5)
+        with suppress(OSError):  # it has gone by then, if it had less time
+            client.sendall(b"S")
+
+    for budget_s, longest_s in ((5.0, 2.3), (1.2, 1.4)):
+        with answers_once(own.port, then=says_yes_and_no_more) as port:
+            environ = {"DATABASE_URL": own.conninfo(sslmode="require", port=port), "OPSCTL_STATE_DIR": "/nonexistent"}
+            began = time.monotonic()
+            seen = health.examine(load(environ=environ), only=[Group.TLS], budget_s=budget_s)
+            assert time.monotonic() - began < longest_s
+        assert {row.check: row.state for row in seen.rows} == {"tls": State.WARNING, "certificate": State.UNKNOWN}
+
+
 @each_postgres
 def test_dead_rows_a_vacuum_that_never_was_and_transaction_ids_that_run_out(database: Database) -> None:
     database.execute("ALTER TABLE whatsapp_keys SET (autovacuum_enabled = false)")
@@ -312,6 +332,10 @@ def test_dead_rows_a_vacuum_that_never_was_and_transaction_ids_that_run_out(data
     assert rows["dead rows of keys"].seen == "13,000 dead beside 2,000 live"
     assert "none since the server started" in rows["vacuum of keys"].seen
     assert (rows["dead rows of auth"].state, rows["vacuum of auth"].state) == (State.OK, State.OK)
+    rows = looked(database.url, Group.STORAGE, HEALTH_VACUUM_DAYS="0/1", HEALTH_FEW_ROWS="13000")
+    assert (rows["dead rows of keys"].state, rows["vacuum of keys"].state) == (State.OK, State.WARNING)
+    rows = looked(database.url, Group.STORAGE, HEALTH_VACUUM_DAYS="0/1", HEALTH_FEW_ROWS="28000")
+    assert rows["vacuum of keys"].state is State.OK  # 15,000 were inserted and 13,000 deleted
     assert (
         looked(database.url, Group.STORAGE, HEALTH_DEAD_ROWS_PERCENT="80/99")["dead rows of keys"].state
         is State.WARNING
@@ -372,7 +396,9 @@ def test_what_the_service_keeps_there(fleet: Fleet) -> None:
     assert looked(fleet.database.url, Group.AUTH, HEALTH_EXPIRED_KEYS="1/1")["expired keys"].state is State.CRITICAL
     assert looked(fleet.database.url, Group.AUTH, DB_CLEANUP_RETENTION_DAYS="40")["expired keys"].value == 0
     assert (rows["mis-typed keys"].state, rows["mis-typed keys"].value) == (State.WARNING, 1)
-    assert (rows["credentials"].state, rows["credentials"].seen) == (State.WARNING, "1 companies, 1 with keys alone")
+    assert (rows["credentials"].state, rows["credentials"].seen) == (State.OK, "1 companies")
+    assert (rows["orphaned keys"].state, rows["orphaned keys"].value) == (State.WARNING, 1)
+    assert f"'{FIRST}'" in (rows["orphaned keys"].action or "")
     assert rows["ages of keys"].seen == "< 1 d 1, 1-7 0, 7-14 0, 14-30 0, > 30 80"
     fleet.database.execute("DELETE FROM whatsapp_auth")
     assert looked(fleet.database.url, Group.AUTH)["credentials"].state is State.CRITICAL
@@ -385,7 +411,11 @@ def test_without_pg_monitor_it_says_what_it_may_not_see_and_does_not_fail(fleet:
     rows = looked(url)
     assert (rows["privileges"].state, rows["connections"].state) == (State.HIDDEN, State.OK)
     assert (rows["idle in transaction"].state, rows["long queries"].state) == (State.HIDDEN, State.HIDDEN)
-    assert (rows["credentials"].state, rows["latency"].state) == (State.HIDDEN, State.HIDDEN)
+    assert (rows["credentials"].state, rows["keys"].state, rows["latency"].state) == (
+        State.OK,
+        State.HIDDEN,
+        State.HIDDEN,
+    )
     assert not any(row.state in {State.CRITICAL, State.UNKNOWN} for row in rows.values())
     environ = {"DATABASE_URL": url, "OPSCTL_STATE_DIR": "/nonexistent", **QUIET}
     assert health.report(health.examine(load(environ=environ))).exit_code == 0
@@ -396,13 +426,34 @@ def test_without_pg_monitor_it_says_what_it_may_not_see_and_does_not_fail(fleet:
 def test_a_check_that_fails_hides_none_of_the_others(database: Database) -> None:
     database.execute("DROP TABLE whatsapp_keys")
     rows = looked(database.url)
-    assert (rows["credentials"].state, rows["latency"].state) == (State.CRITICAL, State.CRITICAL)
-    assert 'relation "whatsapp_keys" does not exist' in rows["credentials"].seen
+    assert (rows["keys"].state, rows["latency"].state) == (State.CRITICAL, State.CRITICAL)
+    assert 'relation "whatsapp_keys" does not exist' in rows["keys"].seen
+    assert rows["credentials"].seen == "0 companies"
     assert rows["reply"].state is rows["connections"].state is rows["wraparound"].state is rows["tls"].state is State.OK
 
 
-def test_a_server_that_freezes_in_the_middle_costs_no_more_than_five_seconds(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_credentials_and_keys_do_not_hide_each_other(fleet: Fleet) -> None:
+    url = role(fleet.database, "half")
+    fleet.database.execute("GRANT pg_monitor TO half; GRANT SELECT ON whatsapp_keys TO half")
+    rows = looked(url, Group.AUTH)
+    assert (rows["credentials"].state, rows["keys"].state) == (State.HIDDEN, State.OK)
+    fleet.database.execute("REVOKE SELECT ON whatsapp_keys FROM half; GRANT SELECT ON whatsapp_auth TO half")
+    rows = looked(url, Group.AUTH)
+    assert (rows["credentials"].state, rows["keys"].state) == (State.OK, State.HIDDEN)
+    fleet.database.execute("ALTER TABLE whatsapp_auth RENAME TO gone")
+    rows = looked(fleet.database.url, Group.AUTH)
+    assert (rows["credentials"].state, rows["keys"].state, rows["keys"].value) == (State.CRITICAL, State.OK, 80)
+    assert {"ages of keys", "expired keys", "mis-typed keys"} <= rows.keys()
+    assert "orphaned keys" not in rows  # of which nobody knows
+    fleet.database.execute("ALTER TABLE gone RENAME TO whatsapp_auth; ALTER TABLE whatsapp_keys RENAME TO gone")
+    rows = looked(fleet.database.url, Group.AUTH)
+    assert (rows["credentials"].state, rows["credentials"].value) == (State.OK, 2)
+    assert rows["keys"].state is State.CRITICAL
+
+
+@pytest.mark.parametrize(("budget_s", "why"), [(5.0, "stopped answering in the middle"), (1.0, "not all was answered")])
+def test_a_server_that_freezes_in_the_middle_is_critical_and_costs_no_more_than_five_seconds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, budget_s: float, why: str
 ) -> None:
     with embedded_server(tmp_path) as server:
         with psycopg.connect(server.conninfo()) as connection:
@@ -410,16 +461,28 @@ def test_a_server_that_freezes_in_the_middle_costs_no_more_than_five_seconds(
 
         def freeze(_: Server) -> Iterator[HealthRow]:
             server.freeze()
-            yield HealthRow("ice", Group.REACH, State.OK, "frozen")
+            yield HealthRow("ice", Group.STORAGE, State.OK, "frozen")
 
-        monkeypatch.setattr(health, "DATABASE_CHECKS", (Check("ice", Group.REACH, freeze), *DATABASE_CHECKS))
-        began = time.monotonic()
-        rows = looked(server.conninfo())
-        assert time.monotonic() - began < 5.5
-        server.thaw()
-    assert rows["role"].seen == "PostgreSQL stopped answering in the middle of a step"
-    assert rows["connections"].seen == "not asked: the connection is gone"
-    assert (rows["role"].state, rows["standby"].state) == (State.UNKNOWN, State.OK)
+        monkeypatch.setattr(health, "DATABASE_CHECKS", (Check("ice", Group.STORAGE, freeze), *DATABASE_CHECKS))
+        settings = load(environ={"DATABASE_URL": server.conninfo(), "OPSCTL_STATE_DIR": "/nonexistent", **QUIET})
+        for only in ((), (Group.STORAGE,)):
+            began = time.monotonic()
+            seen = health.examine(settings, only=only, budget_s=budget_s)
+            assert time.monotonic() - began < budget_s + 0.5
+            server.thaw()
+            rows = {row.check: row for row in seen.rows}
+            assert rows["reply"].state is State.CRITICAL
+            assert f", then {why}" in rows["reply"].seen
+            assert rows["reply"].seen.startswith("connected")
+            assert len(rows) == len(seen.rows)
+            assert rows["sizes"].seen == "not asked: the connection is gone"
+            states_there = {
+                row.state for row in seen.rows if row.check not in {"reply", "ice", "standby", "disk of standby"}
+            }
+            assert states_there == {State.UNKNOWN}
+            assert health.report(seen).exit_code == 1
+            answer = monitoring.plugin(seen)
+            assert (answer.code, answer.line[:24]) == (2, "OPSCTL CRITICAL: reply: ")
 
 
 # Replication
@@ -572,6 +635,7 @@ def test_prometheus_gets_a_file_in_one_step(fleet: Fleet, tmp_path: Path) -> Non
     assert found["opsctl_health_up", None, None] == 1
     assert time.time() - found["opsctl_health_timestamp_seconds", None, None] < 60
     assert [path.name for path in tmp_path.glob("opsctl.prom*")] == ["opsctl.prom"]
+    assert file.stat().st_mode & 0o777 == 0o644  # the collector is another user
     done = fleet.opsctl("db", "health", "--only", "auth", "--prometheus", tmp_path / "missing" / "x.prom")
     assert (done.returncode, "cannot be written" in done.stderr) == (5, True)
     env = {"DATABASE_URL": "postgresql://u@127.0.0.1:1/db"}
@@ -582,6 +646,31 @@ def test_prometheus_gets_a_file_in_one_step(fleet: Fleet, tmp_path: Path) -> Non
     env = {"PYTHONPATH": f"{tmp_path / 'without'}:{Path(opsctl.__file__).parents[1]}"}
     done = fleet.opsctl("db", "health", "--only", "tls", "--prometheus", file, env=env)
     assert (done.returncode, "pip install 'opsctl[metrics]'" in done.stderr) == (2, True)
+
+
+def test_a_reader_of_the_prometheus_file_never_sees_half(tmp_path: Path) -> None:
+    file = tmp_path / "opsctl.prom"
+    rows = tuple(HealthRow(f"check {number}", Group.AUTH, State.OK, "", float(number)) for number in range(500))
+    seen = health.Health(rows, 0.0, 0.0, "")
+    monitoring.write_metrics(seen, file)
+    whole = {file.read_text().count("\n")}
+    inodes, read = {file.stat().st_ino}, set[int]()
+    ended = threading.Event()
+
+    def reader() -> None:
+        while not ended.is_set():
+            with file.open() as opened:
+                inodes.add(os.fstat(opened.fileno()).st_ino)
+                read.add(opened.read().count("\n"))
+
+    thread = threading.Thread(target=reader)
+    thread.start()
+    for _ in range(30):
+        monitoring.write_metrics(seen, file)
+    ended.set()
+    thread.join()
+    assert read == whole
+    assert len(inodes) > 1
 
 
 def test_watch_with_json_is_json_lines_as_often_as_was_asked_for(fleet: Fleet) -> None:
