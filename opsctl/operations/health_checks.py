@@ -48,9 +48,7 @@ SPLIT_TYPES = frozenset({"app", "lid", "pre", "sender"})
 """What an early migration made of `app-state-sync-key` and others: the part before the first hyphen."""
 
 _BEGIN: LiteralString = (
-    "BEGIN READ ONLY; SET LOCAL statement_timeout = '2s'; SET LOCAL lock_timeout = '500ms'; SET LOCAL jit = off;"
-    # Starting workers costs more than they save below this, and a server that is in trouble has none to spare.
-    " SET LOCAL min_parallel_table_scan_size = '256MB'"
+    "BEGIN READ ONLY; SET LOCAL statement_timeout = '2s'; SET LOCAL lock_timeout = '500ms'; SET LOCAL jit = off"
 )
 
 
