@@ -30,7 +30,7 @@ def plugin(health: Health) -> Plugin:
     code = _CODES[health.worst]
     said = [f"{row.check}: {row.seen}" for row in health.rows if _CODES[row.state] == code and code]
     text = "; ".join(said) or f"{len(health.rows)} checks"
-    line = f"OPSCTL {_WORDS[code]}: {text.replace('|', '/')}"
+    line = f"OPSCTL {_WORDS[code]}: {' '.join(text.replace('|', '/').split())}"
     data = " ".join(_performance(row) for row in health.rows if row.value is not None)
     return Plugin(code, f"{line} | {data}" if data else line)
 

@@ -153,6 +153,54 @@ def test_who_waits_for_a_lock_and_who_holds_it(database: Database) -> None:
             assert rows["tls"].state is rows["wraparound"].state is rows["blocked"].state is State.OK
 
 
+def test_of_a_chain_of_waiting_sessions_the_root_is_named(database: Database) -> None:
+    with closing(database.connect(autocommit=False, application_name="root")) as root:
+        root.execute("LOCK TABLE whatsapp_keys")
+        middle = "BEGIN; LOCK TABLE whatsapp_auth; LOCK TABLE whatsapp_keys"
+        with waiting(database, middle) as first, waiting(database, "TABLE whatsapp_auth") as second:
+            until(lambda: database.execute("SELECT count(*) FROM pg_locks WHERE NOT granted") == [(2,)])
+            assert database.execute("SELECT pg_blocking_pids(%s)", [second]) == [([first],)]
+            row = looked(database.url, Group.SESSIONS, HEALTH_BLOCKED_SESSIONS="2/3")["blocked"]
+            assert row.state is State.WARNING
+            assert row.seen.startswith("2 wait, ")
+            assert f"held by pid {root.info.backend_pid} (root, " in row.seen
+            assert f"pg_terminate_backend({root.info.backend_pid})" in (row.action or "")
+
+
+@each_postgres
+def test_a_check_that_writes_is_refused_by_the_server(fleet: Fleet) -> None:
+    fleet.database.execute(
+        "CREATE TABLE written (); ALTER TABLE whatsapp_keys RENAME TO keys; ALTER TABLE whatsapp_auth RENAME TO auth; "
+        "CREATE FUNCTION writes() RETURNS bool LANGUAGE plpgsql AS "
+        "$$ BEGIN INSERT INTO written DEFAULT VALUES; RETURN true; END $$; "
+        "CREATE VIEW whatsapp_keys AS SELECT * FROM keys WHERE writes(); "
+        "CREATE VIEW whatsapp_auth AS SELECT * FROM auth WHERE writes()"
+    )
+    rows = looked(fleet.database.url)
+    for check in ("credentials", "keys", "latency"):
+        assert rows[check].state is State.UNKNOWN
+        assert "cannot execute INSERT in a read-only transaction" in rows[check].seen
+    assert fleet.database.execute("SELECT count(*) FROM written") == [(0,)]
+    assert {rows[check].state for check in ("tls", "wraparound", "connections")} == {State.OK}
+
+
+@each_postgres
+def test_a_statement_ends_after_two_seconds_and_the_other_checks_stay(fleet: Fleet) -> None:
+    fleet.database.execute(
+        "ALTER TABLE whatsapp_keys RENAME TO keys; CREATE VIEW whatsapp_keys AS SELECT keys.* FROM pg_sleep(10), keys"
+    )
+    began = time.monotonic()
+    rows = looked(fleet.database.url, Group.AUTH, Group.STORAGE)
+    assert 1.9 < time.monotonic() - began < 2.6
+    assert rows["keys"].state is State.UNKNOWN
+    assert "canceling statement due to statement timeout" in rows["keys"].seen
+    assert {row.state for check, row in rows.items() if check != "keys"} == {State.OK}
+    began = time.monotonic()
+    rows = looked(fleet.database.url)
+    assert time.monotonic() - began < 5
+    assert {check for check, row in rows.items() if row.state is State.UNKNOWN} == {"keys", "latency"}
+
+
 @each_postgres
 def test_open_transactions_that_do_nothing_and_queries_that_run_for_long(database: Database) -> None:
     with closing(database.connect(autocommit=False, application_name="forgotten")) as idle:
@@ -300,6 +348,25 @@ def test_tls_and_the_days_that_the_certificate_has_left(own: EmbeddedServer) -> 
     )
 
 
+def test_a_connection_to_another_machine_has_to_be_encrypted(own: EmbeddedServer) -> None:
+    if own.password is None:
+        return
+    with closing(socket.socket(socket.AF_INET, socket.SOCK_DGRAM)) as anywhere:
+        anywhere.connect(("198.51.100.1", 9))  # which sends nothing
+        address = anywhere.getsockname()[0]
+    with psycopg.connect(own.conninfo()) as connection:
+        root = Path(connection.execute("SHOW ssl_cert_file").fetchall()[0][0])
+    with answers_once(own.port, host=address) as port:
+
+        def over_network(mode: str, **more: str) -> dict[str, HealthRow]:
+            return looked(own.conninfo(host=address, port=port, sslmode=mode, **more), Group.TLS)
+
+        row = over_network("disable")["tls"]
+        assert (row.state, row.seen) == (State.WARNING, "not encrypted")
+        assert row.action == "sslmode=verify-full in DATABASE_URL"
+        assert over_network("verify-ca", sslrootcert=str(root))["tls"].state is State.OK
+
+
 def test_a_certificate_that_is_not_shown_costs_two_seconds_or_what_is_left_of_the_command(own: EmbeddedServer) -> None:
     if own.password is None:
         return
@@ -344,6 +411,27 @@ def test_dead_rows_a_vacuum_that_never_was_and_transaction_ids_that_run_out(data
     rows = looked(database.url, Group.STORAGE, HEALTH_WRAPAROUND_IDS="1/2147483648", HEALTH_DISK_PERCENT="0/100")
     assert (rows["dead rows of keys"].state, rows["vacuum of keys"].state) == (State.OK, State.OK)
     assert (rows["wraparound"].state, rows["disk of standby"].state) == (State.WARNING, State.WARNING)
+
+
+@pytest.mark.parametrize("major", [EMBEDDED, DEBIAN])
+def test_multixact_ids_run_out_too(major: int, tmp_path: Path) -> None:
+    bin_dir = debian_postgres_bin() if major == DEBIAN else None
+    if major == DEBIAN and bin_dir is None:
+        pytest.skip(f"{needs.NOT_PROVEN}PostgreSQL {DEBIAN}, production's major version")
+    with embedded_server(tmp_path, bin_dir=bin_dir) as server:
+        row = looked(server.conninfo(), Group.STORAGE, HEALTH_WRAPAROUND_IDS="50000/60000")["wraparound"]
+        assert row.state is State.OK
+        server.stop()
+        # As if 55,000 had been used: their pages are there, and empty.
+        done = Account.for_server().run(
+            server.bin_dir / "pg_resetwal", "--multixact-ids=55000,1", "-D", server.data_dir
+        )
+        assert done.returncode == 0, done.stderr
+        with (server.data_dir / "pg_multixact" / "offsets" / "0000").open("r+b") as pages:
+            pages.truncate(32 * 8192)
+        server.start()
+        row = looked(server.conninfo(), Group.STORAGE, HEALTH_WRAPAROUND_IDS="50000/60000")["wraparound"]
+        assert (row.state, row.value) == (State.WARNING, 54_999)
 
 
 @each_postgres
@@ -402,6 +490,48 @@ def test_what_the_service_keeps_there(fleet: Fleet) -> None:
     assert rows["ages of keys"].seen == "< 1 d 1, 1-7 0, 7-14 0, 14-30 0, > 30 80"
     fleet.database.execute("DELETE FROM whatsapp_auth")
     assert looked(fleet.database.url, Group.AUTH)["credentials"].state is State.CRITICAL
+
+
+def test_ages_are_counted_to_the_second_at_the_edges_of_their_classes(empty_fleet: Fleet) -> None:
+    for days in (1, 7, 14, 30):
+        for number, side in enumerate(("+ interval '20 s'", "- interval '20 s'")):
+            empty_fleet.key("session", f"{days}-{number}", "{}")
+            empty_fleet.database.execute(
+                f"UPDATE whatsapp_keys SET updated_at = now() - interval '{days} days' {side} "
+                f"WHERE key_id = '{days}-{number}'"
+            )
+    seen = looked(empty_fleet.database.url, Group.AUTH)["ages of keys"].seen
+    assert seen == "< 1 d 1, 1-7 2, 7-14 2, 14-30 2, > 30 1"
+    empty_fleet.database.execute("DELETE FROM whatsapp_keys WHERE key_id <> '7-0'")
+    assert "1-7 1, 7-14 0" in looked(empty_fleet.database.url, Group.AUTH)["ages of keys"].seen
+    empty_fleet.database.execute("UPDATE whatsapp_keys SET updated_at = updated_at - interval '40 s'")
+    assert "1-7 0, 7-14 1" in looked(empty_fleet.database.url, Group.AUTH)["ages of keys"].seen
+    empty_fleet.database.execute("UPDATE whatsapp_keys SET updated_at = now() - interval '14 days' - interval '20 s'")
+    assert "7-14 0, 14-30 1" in looked(empty_fleet.database.url, Group.AUTH)["ages of keys"].seen
+
+
+@pytest.mark.parametrize("prefix", ["app", "lid", "pre", "sender"])
+def test_each_type_that_the_early_migration_left_is_found(empty_fleet: Fleet, prefix: str) -> None:
+    empty_fleet.key("session", "1", "{}")
+    assert looked(empty_fleet.database.url, Group.AUTH)["mis-typed keys"].state is State.OK
+    empty_fleet.key(prefix, "key-1", "{}")
+    row = looked(empty_fleet.database.url, Group.AUTH)["mis-typed keys"]
+    assert (row.state, row.value, row.action) == (State.WARNING, 1, "opsctl keys doctor")
+
+
+@pytest.mark.parametrize(
+    ("count", "state"),
+    [(99, State.OK), (100, State.WARNING), (499, State.WARNING), (500, State.CRITICAL)],
+)
+def test_keys_past_their_expiry_are_too_many_from_100_and_from_500(
+    empty_fleet: Fleet, count: int, state: State
+) -> None:
+    empty_fleet.database.execute(
+        "INSERT INTO whatsapp_keys SELECT 'a', 'session', n::text, '{}', now(), now() - interval '31 days', "
+        f"now() - interval '1 s' FROM generate_series(1, {count}) AS n"
+    )
+    row = looked(empty_fleet.database.url, Group.AUTH)["expired keys"]
+    assert (row.value, row.state) == (count, state)
 
 
 @each_postgres
@@ -499,7 +629,8 @@ def test_a_replica_that_lags_seen_from_both_sides_and_slots_that_nobody_reads(ma
             create_schema(connection)
             until(lambda: connection.execute("SELECT count(replay_lsn) FROM pg_stat_replication").fetchone() == (1,))
             rows = looked(primary.conninfo(), Group.REPLICATION)
-            assert states(rows) == {"replica replica": State.OK}
+            assert states(rows) == {"replica replica": State.OK, "slot replica": State.OK}
+            assert rows["slot replica"].seen.startswith("active, keeps ")
             until(lambda: states(looked(replica.conninfo(), Group.REPLICATION)) == {"replay": State.OK})
             assert looked(replica.conninfo(), Group.REACH)["role"].state is State.WARNING
             with psycopg.connect(replica.conninfo(), autocommit=True) as there:
@@ -513,6 +644,18 @@ def test_a_replica_that_lags_seen_from_both_sides_and_slots_that_nobody_reads(ma
             assert (row.state, row.unit) == (State.CRITICAL, "MiB")
             row = looked(replica.conninfo(), Group.REPLICATION, HEALTH_REPLICATION_S="1/100")["replay"]
             assert row.state is State.WARNING
+
+            with psycopg.connect(replica.conninfo(), autocommit=True) as there:
+                there.execute("SELECT pg_wal_replay_resume()")
+                there.execute("ALTER SYSTEM SET recovery_min_apply_delay = '1500ms'")
+                there.execute("SELECT pg_reload_conf()")
+            until(lambda: connection.execute(CAUGHT_UP).fetchone() == (True,))
+            connection.execute("INSERT INTO whatsapp_auth VALUES ('last', '{}')")
+            until(lambda: connection.execute(LATE).fetchone() == (True,))
+            row = looked(primary.conninfo(), Group.REPLICATION, HEALTH_REPLICATION_S="1/100")["replica replica"]
+            assert (row.state, row.unit) == (State.WARNING, "s")
+            row = looked(primary.conninfo(), Group.REPLICATION, HEALTH_REPLICATION_S="1/1")["replica replica"]
+            assert row.state is State.CRITICAL
 
             connection.execute("SELECT pg_create_physical_replication_slot('left', true)")
             row = looked(primary.conninfo(), Group.REPLICATION)["slot left"]
@@ -530,6 +673,11 @@ def test_a_replica_that_lags_seen_from_both_sides_and_slots_that_nobody_reads(ma
         until(lambda: looked(replica.conninfo(), Group.REPLICATION)["replay"].seen.endswith("nobody sends to it"))
 
 
+SLOT = ("--create-slot", "--slot=replica")
+CAUGHT_UP = "SELECT replay_lsn = pg_current_wal_lsn() FROM pg_stat_replication"
+LATE = "SELECT replay_lag > interval '1 s' FROM pg_stat_replication"
+
+
 @contextmanager
 def replica_of(primary: EmbeddedServer) -> Iterator[EmbeddedServer]:
     """A streaming replica beside the primary's data folder."""
@@ -540,7 +688,7 @@ def replica_of(primary: EmbeddedServer) -> Iterator[EmbeddedServer]:
     replica = EmbeddedServer(home, socket_dir=home, bin_dir=primary.bin_dir, account=account, tcp=False)
     source = f"host={primary.socket_dir} user=postgres application_name=replica"
     done = account.run(
-        primary.bin_dir / "pg_basebackup", "-D", replica.data_dir, "-d", source, "-R", "--checkpoint=fast"
+        primary.bin_dir / "pg_basebackup", "-D", replica.data_dir, "-d", source, "-R", "--checkpoint=fast", *SLOT
     )
     assert done.returncode == 0, done.stderr
     with (replica.data_dir / "postgresql.conf").open("a") as conf:
@@ -567,6 +715,19 @@ def test_the_age_of_the_oldest_warm_copy_counts(fleet: Fleet) -> None:
     )
 
 
+def test_a_warm_copy_that_is_held_is_said(fleet: Fleet) -> None:
+    standby = {"STANDBY_DIR": str(fleet.place / "standby")}
+    assert fleet.opsctl("standby", "sync", env=standby).returncode == 0
+    fleet.database.execute(
+        "DELETE FROM whatsapp_auth WHERE company_id = %(id)s; ".replace("%(id)s", f"'{FIRST}'")
+        + f"DELETE FROM whatsapp_keys WHERE company_id = '{FIRST}'"
+    )
+    assert fleet.opsctl("standby", "sync", env=standby).returncode == 1
+    row = looked(fleet.database.url, Group.AUTH, **standby)["standby"]
+    assert (row.state, row.action) == (State.WARNING, "opsctl standby status")
+    assert row.seen.endswith(", 1 held or damaged")
+
+
 def test_warm_copies_that_are_damaged_are_said(database: Database, tmp_path: Path) -> None:
     (tmp_path / "standby" / "company_1" / "generations" / "00000001").mkdir(parents=True)
     row = looked(database.url, Group.AUTH, STANDBY_DIR=str(tmp_path / "standby"))["standby"]
@@ -576,7 +737,65 @@ def test_warm_copies_that_are_damaged_are_said(database: Database, tmp_path: Pat
     assert looked(database.url, Group.AUTH, STANDBY_DIR=str(tmp_path / "file"))["standby"].state is State.UNKNOWN
 
 
+# The disks
+
+FILL = """
+for name in sessions cache state standby; do mount -t tmpfs -o size=1m,nr_inodes=100 tmpfs "$0/$name"; done
+head -c 960k /dev/zero > "$0/sessions/bytes"
+head -c 900k /dev/zero > "$0/cache/bytes"
+for number in $(seq 97); do : > "$0/standby/$number"; done
+exec "$@"
+"""
+
+
+@needs.root()
+@needs.namespace("mount")
+def test_the_disks_of_what_we_write_run_out_of_bytes_or_of_inodes(database: Database, tmp_path: Path) -> None:
+    folders = {name: tmp_path / name for name in ("sessions", "cache", "state", "standby")}
+    for folder in folders.values():
+        folder.mkdir()
+    environ = {
+        "PATH": os.environ["PATH"],
+        "PYTHONPATH": str(Path(opsctl.__file__).parents[1]),
+        "DATABASE_URL": database.url,
+        "SESSIONS_DIR": str(folders["sessions"]),
+        "CREDENTIALS_CACHE_FILE": str(folders["cache"] / "cache.json"),
+        "OPSCTL_STATE_DIR": str(folders["state"]),
+        "STANDBY_DIR": str(folders["standby"]),
+    }
+    words = [sys.executable, "-m", "opsctl", "db", "health", "--json", "--only", "storage"]
+    done = subprocess.run(
+        ["unshare", "-m", "sh", "-c", FILL, str(tmp_path), *words], env=environ, capture_output=True, check=False
+    )
+    rows = {row["check"]: row for row in json.loads(done.stdout)["rows"]}
+    assert {name: rows[f"disk of {name}"]["state"] for name in folders} == {
+        "sessions": "warning",
+        "cache": "warning",
+        "state": "ok",
+        "standby": "critical",
+    }
+    assert f"df -h {folders['sessions']}; df -i {folders['sessions']}" == rows["disk of sessions"]["action"]
+
+
 # What comes out
+
+
+def test_performance_data_are_in_the_units_and_ranges_of_the_plugin_guidelines_on_one_line() -> None:
+    rows = (
+        HealthRow("reply", Group.REACH, State.OK, "connected\nin 12 ms | at once", 12.0, "ms", 500, 2000),
+        HealthRow("certificate", Group.TLS, State.OK, "", 40.0, "d", 30, 7, falling=True),
+        HealthRow("a 'quoted'=name", Group.AUTH, State.UNKNOWN, "first line\nsecond | line\r\n"),
+        HealthRow("size of keys", Group.STORAGE, State.OK, "", 8192.0, "B"),
+        HealthRow("connections", Group.SESSIONS, State.OK, "", 60.0, "%", 80, 90),
+    )
+    answer = monitoring.plugin(health.Health(rows, 0.0, 0.0, ""))
+    assert answer.code == 3
+    text, _, data = answer.line.partition(" | ")
+    assert text == "OPSCTL UNKNOWN: a 'quoted'=name: first line second / line"
+    assert data == "'reply'=0.012s;0.5;2 'certificate'=40;30:;7: 'size of keys'=8192B;; 'connections'=60%;80;90"
+    for state, code in ((State.OK, 0), (State.HIDDEN, 0), (State.WARNING, 1), (State.CRITICAL, 2), (State.UNKNOWN, 3)):
+        answer = monitoring.plugin(health.Health((HealthRow("a", Group.AUTH, state, "x\ny"),), 0.0, 0.0, ""))
+        assert (answer.code, answer.line.count("\n")) == (code, 0)
 
 
 def test_json_has_every_row_and_the_figures(fleet: Fleet) -> None:
