@@ -10,9 +10,10 @@ import re
 import subprocess
 import sys
 import time
-from contextlib import redirect_stdout
+from contextlib import nullcontext, redirect_stdout
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import orjson
@@ -25,6 +26,7 @@ from opsctl.errors import OpsctlError
 from opsctl.journal import Journal
 from opsctl.operations.cache import inspect_cache
 from opsctl.report import Ending
+from opsctl.stores.cache_file import CredentialsCache
 from opsctl.stores.folder import OPSCTL_FOLDER, opened
 from opsctl.stores.switch_record import SwitchRecord, write_switch
 from tests import needs
@@ -243,17 +245,117 @@ def test_whatever_stands_there_is_named_and_nothing_is_changed(app: Fleet, what:
             assert app.opsctl("cache", "clear", "--yes").returncode == 5
 
 
-@needs.root()
-def test_a_cache_that_this_user_may_not_read_is_named(app: Fleet) -> None:
-    done = subprocess.run(
-        ["setpriv", "--reuid=65534", "--clear-groups", sys.executable, "-m", "opsctl", "cache", "inspect"],
-        env={"PATH": os.environ["PATH"], "PYTHONPATH": str(Path(opsctl.__file__).parents[1]), **app.env},
+@pytest.mark.parametrize("what", ["of zero bytes", "of another shape"])
+@pytest.mark.parametrize(("verb", "words"), [("warm", ()), ("clear", ("--yes",))])
+def test_what_is_no_cache_is_kept_aside_by_who_writes_over_it(
+    app: Fleet, what: str, verb: str, words: tuple[str, ...]
+) -> None:
+    make_hostile(file_of(app), what)
+    before = file_of(app).read_bytes()
+    with unchanged(app.place):
+        assert app.opsctl("cache", verb, "--dry-run").returncode == 0
+    done = app.opsctl("cache", verb, *words, "--json")
+    assert done.returncode == 0, done
+    assert Path(done.json()["facts"]["set_aside"]).read_bytes() == before
+    assert set(json.loads(file_of(app).read_bytes())) == ({FIRST, SECOND} if verb == "warm" else set())
+
+
+def as_nobody(fleet: Fleet, *words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        ["setpriv", "--reuid=65534", "--clear-groups", sys.executable, "-m", "opsctl", "cache", *words],
+        env={"PATH": os.environ["PATH"], "PYTHONPATH": str(Path(opsctl.__file__).parents[1]), **fleet.env},
         cwd="/",
         capture_output=True,
         text=True,
         check=False,
     )
-    assert (done.returncode, "cannot be read: Permission denied" in done.stderr) == (4, True), done
+
+
+@needs.root()
+def test_a_cache_that_this_user_may_not_read_is_named(app: Fleet) -> None:
+    with unchanged(app.place):
+        done = as_nobody(app, "inspect")
+        assert (done.returncode, "cannot be read: Permission denied" in done.stderr) == (4, True), done
+        for words in (("warm",), ("clear", "--yes")):
+            done = as_nobody(app, *words)
+            assert (done.returncode, "so nothing was changed" in done.stderr) == (5, True), done
+
+
+def test_two_runs_at_once_exclude_each_other(app: Fleet) -> None:
+    with unchanged(app.place), CredentialsCache(file_of(app), ttl=timedelta(minutes=5)):
+        for words in (("warm",), ("clear", "--yes")):
+            done = app.opsctl("cache", *words, "--json")
+            assert (done.returncode, done.json()["error"]["kind"]) == (75, "locked")
+        assert app.opsctl("cache", "inspect").returncode == 0  # which only looks
+    assert app.opsctl("cache", "warm").returncode == 0
+
+
+FULL = """
+mount -t tmpfs -o size=64k tmpfs "$0"
+cp "$1" "$0/.baileys-cache.json"
+head -c 1M /dev/zero > "$0/filler" 2>/dev/null
+shift
+"$@"
+code=$?
+cat "$0/.baileys-cache.json"
+ls -A "$0" >&2
+exit $code
+"""
+
+
+@needs.root()
+@needs.namespace("mount")
+def test_a_full_disk_leaves_the_old_cache_whole(app: Fleet) -> None:
+    whole = file_of(app).read_bytes()
+    old = app.place / "old.json"
+    file_of(app).rename(old)
+    words = [sys.executable, "-m", "opsctl", "cache", "warm", "--quiet"]
+    done = subprocess.run(
+        ["unshare", "-m", "sh", "-c", FULL, app.env["APP_DIR"], str(old), *words],
+        env={"PATH": os.environ["PATH"], "PYTHONPATH": str(Path(opsctl.__file__).parents[1]), **app.env},
+        capture_output=True,
+        check=False,
+    )
+    assert done.returncode == 5, done.stderr
+    assert b"cannot be written: No space left on device" in done.stderr
+    assert done.stdout == whole
+    assert done.stderr.split()[-2:] == [b".baileys-cache.json", b"filler"]
+
+
+def test_ten_thousand_fuzzed_files_of_complete_creds_held_against_the_database_give_no_traceback_and_no_secret(
+    app: Fleet,
+) -> None:
+    whole = file_of(app).read_bytes()
+    theirs = {
+        company: json.dumps(creds).encode()
+        for company, creds in app.database.execute("SELECT company_id, creds FROM whatsapp_auth")
+    }
+    values = {json.dumps(value) for value in json.loads(whole)[FIRST]["creds"]["noiseKey"].values()}
+    secrets = {s.encode() for s in app.secrets} | {re.sub(r".*\[|\].*", "", value).encode() for value in values}
+    path = app.place / "fuzzed.json"
+    source = random.Random(7)
+    seen: set[str] = set()
+    for _ in range(10_000):
+        path.write_bytes(mutated(whole, source))
+        try:
+            report = inspect_cache(
+                path,
+                ttl=timedelta(minutes=5),
+                companies=(),
+                open_snapshot=lambda: nullcontext(SimpleNamespace(all_creds=lambda: theirs)),  # type: ignore[arg-type] # asked once, not 10,000 times
+                journal=Journal(),
+            )
+        except OpsctlError as error:
+            seen.add(error.kind)
+            continue
+        said = orjson.dumps(
+            Ending("cache inspect", "run", report, None, (), 0.0, emergency=False, options={}).envelope()
+        )
+        assert not [secret for secret in secrets if secret in said]
+        seen |= {row.database or "" for row in report.rows}
+        seen.add(report.failure.kind if report.failure else "well")
+    assert {"torn", "damaged", "drift", "well", "same", "has it", "has it not"} <= seen
+    assert any(word.startswith("differs: ") for word in seen)
 
 
 def test_ten_thousand_fuzzed_files_give_neither_a_traceback_nor_a_secret(app: Fleet) -> None:

@@ -219,11 +219,16 @@ def test_open_transactions_that_do_nothing_and_queries_that_run_for_long(databas
 
 @pytest.fixture(scope="module", params=[EMBEDDED, DEBIAN])
 def own(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedServer]:
-    """A server of 8 connections, of which 3 are a superuser's, with prepared transactions and a certificate."""
+    """A server of 8 connections, of which 3 are a superuser's, with prepared transactions and a certificate.
+
+    The newer one has a ninth, which is reserved for the roles of pg_use_reserved_connections (since PostgreSQL 16).
+    """
     bin_dir = None
     if request.param == DEBIAN and (bin_dir := debian_postgres_bin()) is None:
         pytest.skip(f"{needs.NOT_PROVEN}PostgreSQL {DEBIAN}, production's major version")
     settings = {"max_connections": "8", "max_prepared_transactions": "2", "max_wal_senders": "2"}
+    if request.param == EMBEDDED:
+        settings |= {"max_connections": "9", "reserved_connections": "1"}
     folder = tmp_path_factory.mktemp(f"own{request.param}")
     with ExitStack() as stack:
         if request.param == DEBIAN:  # the embedded one was built without TLS
@@ -871,7 +876,12 @@ def test_a_reader_of_the_prometheus_file_never_sees_half(tmp_path: Path) -> None
     file = tmp_path / "opsctl.prom"
     rows = tuple(HealthRow(f"check {number}", Group.AUTH, State.OK, "", float(number)) for number in range(500))
     seen = health.Health(rows, 0.0, 0.0, "")
-    monitoring.write_metrics(seen, file)
+    before = os.umask(0o077)
+    try:
+        monitoring.write_metrics(seen, file)
+    finally:
+        os.umask(before)
+    assert file.stat().st_mode & 0o777 == 0o644
     whole = {file.read_text().count("\n")}
     inodes, read = {file.stat().st_ino}, set[int]()
     ended = threading.Event()
@@ -943,6 +953,81 @@ def test_on_a_terminal_it_is_redrawn_with_its_trend_until_ctrl_c(fleet: Fleet) -
     assert "▁▁▁" in screen
     assert "Trend" in screen
     assert "stopped by SIGINT" in screen
+
+
+SHOWN: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "health": (("db", "health"), ("wraparound", "critical", "████████", "VACUUM (FREEZE)", "warning: ")),
+    "inspect": (("cache", "inspect"), ("962302", "expired", "962303", "valid", "ok")),
+    "stats": (("keys", "stats"), ("962302", "962303", "pre-key", "session")),
+    "drill": (("drill", "run", "--companies", "1", "--keys", "40"), ("restore", "6 of 6 checks passed", "RTO: ")),
+    "history": (("drill", "history"), ("RTO", "yes")),
+}
+
+
+def on_a_terminal(fleet: Fleet, *words: str, frames: int = 0, **env: str) -> str:
+    """What a terminal of 80 columns and 24 lines gets; a watch is ended after so many frames."""
+    master, slave = os.openpty()
+    termios.tcsetwinsize(slave, (24, 80))
+    environ = {**fleet.env, "PATH": os.environ["PATH"], "PYTHONPATH": str(Path(opsctl.__file__).parents[1]), **env}
+    line = [sys.executable, "-m", "opsctl", *words]
+    drawn = b""
+    with subprocess.Popen(
+        line, stdin=slave, stdout=slave, stderr=slave, env={**environ, "TERM": "xterm-256color"}, start_new_session=True
+    ) as process:
+        os.close(slave)
+        with suppress(OSError):  # EIO: nobody has it open any more
+            while piece := os.read(master, 65536):
+                drawn += piece
+                if frames and drawn.count(b"Ctrl-C ends it") >= frames:
+                    process.send_signal(signal.SIGINT)
+                    frames = 0
+    os.close(master)
+    return drawn.decode()
+
+
+def lines_of(drawn: str) -> list[str]:
+    """Without what moves the cursor or clears a line."""
+    return re.split(r"[\r\n]+", re.sub(r"\x1b\[[0-9;?]*[A-HJKhl]", "", drawn))
+
+
+@pytest.fixture
+def sick(fleet: Fleet) -> Fleet:
+    """A fleet with something to say: an old transaction id, and one entry of the cache expired."""
+    fleet.env |= {"HEALTH_WRAPAROUND_IDS": "1/2", "APP_DIR": str(fleet.place), **QUIET}
+    assert fleet.opsctl("cache", "warm").returncode == 0
+    file = fleet.place / ".baileys-cache.json"
+    content = json.loads(file.read_bytes())
+    content[FIRST]["timestamp"] -= 600_000
+    file.write_text(json.dumps(content))
+    return fleet
+
+
+def test_on_a_terminal_of_80_columns_no_line_is_wider_and_the_words_that_matter_need_no_colour(sick: Fleet) -> None:
+    for name, (words, wanted) in SHOWN.items():
+        drawn = on_a_terminal(sick, *words, NO_COLOR="1")
+        lines = lines_of(drawn)
+        assert [line for line in lines if len(line) > 80] == [], name
+        assert not re.search(r"\x1b\[[0-9;]*m", drawn.replace("\x1b[0m", "")), name
+        text = " ".join(" ".join(lines).split())
+        assert [word for word in wanted if word not in text] == [], (name, text)
+
+
+def test_a_watch_on_a_terminal_of_80_columns_is_readable_without_colour(sick: Fleet) -> None:
+    drawn = on_a_terminal(sick, "db", "health", "--watch", "--every", "0.2", frames=2, NO_COLOR="1")
+    lines = lines_of(drawn)
+    assert [line for line in lines if len(line) > 80] == []
+    assert not re.search(r"\x1b\[[1-9][0-9;]*m", drawn)
+    assert sum(bool(re.match("wraparound +critical ", line)) for line in lines) >= 2
+    assert any("Trend" in line for line in lines)
+
+
+def test_a_run_without_valued_options_imports_no_pydantic(fleet: Fleet) -> None:
+    environ = {**fleet.env, **QUIET, "PATH": os.environ["PATH"], "PYTHONPATH": str(Path(opsctl.__file__).parents[1])}
+    for words, imported in (((), False), (("--every", "5"), True)):
+        line = [sys.executable, "-X", "importtime", "-m", "opsctl", "db", "health", *words]
+        done = subprocess.run(line, env=environ, capture_output=True, text=True, timeout=30, check=False)
+        assert done.returncode == 0, done
+        assert (" pydantic\n" in done.stderr) is imported
 
 
 def test_a_silent_address_ends_in_time(fleet: Fleet) -> None:

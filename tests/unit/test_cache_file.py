@@ -302,6 +302,37 @@ def test_beyond_the_limit_the_oldest_go_and_before_them_those_of_the_future(path
     assert list(json.loads(path.read_bytes())) == ["a", "b", "e"]
 
 
+def test_the_limit_holds_also_for_what_the_file_had_on_entering(path: Path) -> None:
+    path.write_text(json.dumps({name: entry(timestamp=NOW_MS - age) for name, age in (("a", 2), ("b", 3), ("c", 1))}))
+    with cache_at(path, max_entries=2) as cache:
+        assert cache.known() == ["a", "c"]
+        assert cache.stats().total == 2
+        assert cache.get("b") is None
+
+
+def test_two_saves_never_share_a_temporary_name_nor_the_services(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    services = path.with_name(f"{path.name}.tmp")
+    services.write_text("the service is writing this")
+
+    def killed(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    for number in range(2):
+        with monkeypatch.context() as at_once:
+            at_once.setattr(os, "rename", killed)
+            at_once.setattr(os, "unlink", killed)
+            with pytest.raises(KeyboardInterrupt), cache_at(path) as cache:
+                cache.set(f"c{number}", CREDS)
+    with cache_at(path) as cache:
+        cache.set("last", CREDS)
+    left = leftovers(path)
+    assert len(left) == 3
+    assert services.read_text() == "the service is writing this"
+    contents = [json.loads(file.read_bytes()).keys() for file in left if file != services]
+    assert sorted(map(list, contents)) == [["c0"], ["c1"]]
+    assert list(json.loads(path.read_bytes())) == ["last"]
+
+
 def test_what_could_not_be_read_is_set_aside_before_it_is_written_over(path: Path) -> None:
     torn = json.dumps({"a": entry(), "b": entry()})[:-40].encode()
     path.write_bytes(torn)
