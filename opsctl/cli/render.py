@@ -10,7 +10,7 @@ import shutil
 import sys
 import textwrap
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 import orjson
 
@@ -90,10 +90,10 @@ def lines(report: Report, *, verbose: bool) -> list[str]:
     return out
 
 
-def _sentence(text: str) -> str:
+def _sentence(text: str, stream: TextIO | None = None) -> str:
     """Broken between words on a terminal; one line in a pipe, where it may be searched for."""
     line = clean(text)
-    if not sys.stdout.isatty():
+    if not (stream or sys.stdout).isatty():
         return line
     width = shutil.get_terminal_size().columns
     return textwrap.fill(line, width, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
@@ -114,7 +114,7 @@ def _complain(ending: Ending, *, one_line: bool) -> None:
             page = failure.runbook.removeprefix("runbooks/").replace(".md", "", 1)
             lines.append(f"  runbook: opsctl runbook show {clean(page)}")
     with suppress(OSError):  # where nobody listens any more the exit code still speaks
-        sys.stderr.write("\n".join(lines) + "\n")
+        sys.stderr.write("".join(f"{_sentence(line, sys.stderr)}\n" for line in lines))
 
 
 def rto_line(rto: Rto) -> str:
