@@ -663,7 +663,7 @@ class _KeyGroup:
 
 
 def check_credentials(server: Server) -> Iterator[HealthRow]:
-    """The companies that can log in."""
+    """The companies that have any."""
     server.companies = {row.company_id for row in server.ask(query("summarise_auth"), _AuthRecord)}
     count = len(server.companies)
     state, action = State.OK, None
