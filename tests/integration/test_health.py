@@ -282,6 +282,17 @@ def make_certificate(folder: Path, *, days: int) -> None:
         os.chown(file, account.uid, account.gid)
 
 
+def renew_certificate(server: EmbeddedServer, *, days: int) -> Path:
+    """Give the server another certificate, and wait until it shows that one; where its file is."""
+    with psycopg.connect(server.conninfo(sslmode="require"), autocommit=True) as connection:
+        file = Path(connection.execute("SHOW ssl_cert_file").fetchall()[0][0])
+        make_certificate(file.parent, days=days)
+        connection.execute("SELECT pg_reload_conf()")
+    url = server.conninfo(sslmode="require")
+    until(lambda: round(looked(url, Group.TLS)["certificate"].value or 0) == days)
+    return file
+
+
 def url_of(server: EmbeddedServer, user: str = "postgres", **more: Any) -> str:
     """As a keyword string, which DATABASE_URL may be too."""
     return server.conninfo(user=user, host=str(server.socket_dir), **more)
@@ -339,17 +350,13 @@ def test_tls_and_the_days_that_the_certificate_has_left(own: EmbeddedServer) -> 
     def over_tcp(mode: str) -> dict[str, HealthRow]:
         return looked(own.conninfo(sslmode=mode), Group.TLS)
 
+    folder = renew_certificate(own, days=300).parent
     assert states(over_tcp("require")) == {"tls": State.WARNING, "certificate": State.OK}
     assert states(over_tcp("disable")) == {"tls": State.OK}  # within this machine
-    with psycopg.connect(own.conninfo()) as connection:
-        folder = Path(connection.execute("SHOW ssl_cert_file").fetchall()[0][0]).parent
     verified = looked(own.conninfo(sslmode="verify-ca", sslrootcert=str(folder / "certificate.pem")), Group.TLS)
     assert states(verified) == {"tls": State.OK, "certificate": State.OK}
     for days, state in ((20, State.WARNING), (5, State.CRITICAL), (-3, State.CRITICAL)):
-        make_certificate(folder, days=days)
-        with psycopg.connect(own.conninfo(), autocommit=True) as connection:
-            connection.execute("SELECT pg_reload_conf()")
-        until(lambda: round(over_tcp("require")["certificate"].value or 0) == days)  # noqa: B023 - called at once
+        renew_certificate(own, days=days)
         row = over_tcp("require")["certificate"]
         assert row.state is state
         assert ("ended" if days < 0 else f"in {days} days") in row.seen
@@ -364,8 +371,7 @@ def test_a_connection_to_another_machine_has_to_be_encrypted(own: EmbeddedServer
     with closing(socket.socket(socket.AF_INET, socket.SOCK_DGRAM)) as anywhere:
         anywhere.connect(("198.51.100.1", 9))  # which sends nothing
         address = anywhere.getsockname()[0]
-    with psycopg.connect(own.conninfo()) as connection:
-        root = Path(connection.execute("SHOW ssl_cert_file").fetchall()[0][0])
+    root = renew_certificate(own, days=300)
     with answers_once(own.port, host=address) as port:
 
         def over_network(mode: str, **more: str) -> dict[str, HealthRow]:
