@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from opsctl.stores.postgres import Snapshot
 
 OVERWRITTEN = "a service that runs overwrites this at its next save, and reads the file only when it starts"
-NOT_CHECKED = "no file tells whether WhatsApp still knows the account, or whether another process uses it too"
+NOT_CHECKED = "no file tells whether WhatsApp still knows it, or another process uses it"
 _FINGERPRINT = 12  # hexadecimal digits: enough to tell a thousand accounts apart
 _FIELDS_NAMED = 4
 

@@ -195,9 +195,7 @@ def test_creds_that_nobody_can_walk_through_are_damaged_with_a_reason_on_both_si
 
 def test_a_note_says_what_no_cache_file_can_tell(app: Fleet) -> None:
     done = inspected(app)
-    assert (
-        "no file tells whether WhatsApp still knows the account, or whether another process uses it too" in done.stdout
-    )
+    assert "no file tells whether WhatsApp still knows it, or another process uses it" in done.stdout
     assert len(inspected(app, "--json").json()["notes"]) == 1
 
 
