@@ -376,6 +376,7 @@ def test_a_standby_of_another_environment_is_not_used(fleet: Fleet, standby: Pat
     refuse(fleet)
     done = fleet.restore("--json", env={"OPSCTL_ENVIRONMENT": "staging"})
     assert done.returncode == 4, done
+    assert "it is of the environment 'production'" in done.json()["error"]["message"]
     assert not fleet.target.exists() or not fleet.companies()
 
 
