@@ -37,12 +37,12 @@ def event_of(ending: Ending, settings: Settings, event_id: str) -> dict[str, Any
         "kind": kind,
         "exit_code": str(ending.exit_code),
         "run_id": ending.run_id,
+        "runbook": failure.runbook if failure else None,
     }
     run = {
         "elapsed_s": ending.elapsed_s,
         "summary": report.summary,
         "hint": failure.hint if failure else None,
-        "runbook": failure.runbook if failure else None,
     }
     contexts: dict[str, Any] = {"run": run, "options": ending.options}
     if report.noteworthy:

@@ -183,6 +183,7 @@ def test_a_failure_reaches_sentry_once_with_its_steps_options_and_clock(
         "kind": "no-source",
         "exit_code": "4",
         "run_id": document["run_id"],
+        "runbook": "1 PostgreSQL down",
     }
     crumbs = event["breadcrumbs"]["values"]
     assert [(c["message"], c["data"]["ok"], c["level"]) for c in crumbs] == [
@@ -193,7 +194,6 @@ def test_a_failure_reaches_sentry_once_with_its_steps_options_and_clock(
     assert event["contexts"]["options"] == {"to": "/srv/elsewhere"}
     assert 0 < event["contexts"]["run"]["elapsed_s"] < 30
     assert event["contexts"]["run"]["hint"] == "opsctl triage"
-    assert event["contexts"]["run"]["runbook"] == "1 PostgreSQL down"
 
 
 def test_an_event_carries_the_rto_and_the_companies(run: Callable[..., Finished], kent: Kent) -> None:
@@ -212,6 +212,14 @@ def test_a_few_companies_are_named_and_more_are_several(count: int, shown: str |
     report = replace(ending().report, companies=tuple(f"c{n}" for n in range(count)))
     event = sentry.event_of(replace(ending(), report=report), settings_of("http://k@h/1", state), "1" * 32)
     assert event["tags"].get("company") == shown
+
+
+def test_every_kind_of_failure_is_tagged_with_its_page_and_what_has_none_with_none(state: Path) -> None:
+    there = settings_of("http://k@h/1", state)
+    for page in ("runbooks/2-corrupted-session-data.md#undecryptable-messages", None):
+        report = replace(ending().report, failure=Failure("x", "it failed", runbook=page))
+        assert sentry.event_of(replace(ending(), report=report), there, "1" * 32)["tags"].get("runbook") == page
+    assert "runbook" not in sentry.event_of(replace(ending(), report=Report("done")), there, "1" * 32)["tags"]
 
 
 @pytest.mark.parametrize(
