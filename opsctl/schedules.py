@@ -29,6 +29,8 @@ TIMEOUT_S = 5.0
 _SYSTEM_CRONTAB, _CRON_FOLDER = Path("/etc/crontab"), Path("/etc/cron.d")
 _LOCALTIME = Path("/etc/localtime")
 _DAEMONS = {"cron", "crond", "cronie", "fcron", "systemd-cron"}
+_NOT_AT_BOOT = {"disabled", "linked", "enabled-runtime", "linked-runtime", "transient", "masked", "masked-runtime"}
+"""What systemctl(1) says under is-enabled of a unit that nothing starts when the machine does."""
 _CALENDAR = re.compile(r"\*-\*-(\*|\d\d?) (\*|\d\d?):(\*|\d\d?)(/\d+)?:00(?P<utc> UTC)?")
 
 
@@ -45,6 +47,8 @@ class Installed:
     """What to type to change it."""
     off: str | None = None
     """Why it does not run, if it does not."""
+    until_reboot: str | None = None
+    """Why it runs now and not after the next start of the machine, if that is so."""
     environment: Mapping[str, str] = field(default_factory=dict)
     by_cron: bool = False
 
@@ -107,7 +111,7 @@ def _crontab(place: str, text: str, zone: tzinfo, *, change: str, with_user: boo
 
 def _timers(zone: tzinfo) -> Iterator[Installed]:
     """Timers that are loaded, and those of ours that are only installed: a pattern does not find them."""
-    wanted = "Id,Unit,LoadState,ActiveState,TimersCalendar"
+    wanted = "Id,Unit,LoadState,ActiveState,UnitFileState,TimersCalendar"
     ours = [f"opsctl-{job.name}.timer" for job in JOBS]
     timers = [timer for timer in _shown(wanted, "*.timer", *ours) if timer.get("LoadState") == "loaded"]
     units = {timer.get("Unit", "") for timer in timers} - {""}
@@ -121,7 +125,7 @@ def _timers(zone: tzinfo) -> Iterator[Installed]:
         if when is None or command is None:
             continue
         fields = _five_fields(when[1])
-        active = timer.get("ActiveState")
+        active, at_boot = timer.get("ActiveState"), timer.get("UnitFileState")
         yield Installed(
             place=str(timer.get("Id")),
             when=when[1],
@@ -130,6 +134,7 @@ def _timers(zone: tzinfo) -> Iterator[Installed]:
             command=command[1],
             change=f"systemctl enable --now {timer.get('Id')}",
             off=None if active == "active" else f"the timer is {active}",
+            until_reboot=f"started, but {at_boot}: gone after a reboot" if at_boot in _NOT_AT_BOOT else None,
             environment=dict(w.split("=", 1) for w in _split(service.get("Environment", "")) if "=" in w),
         )
 

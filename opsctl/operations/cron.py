@@ -328,6 +328,9 @@ def _look_at(
         yield CronFinding(job.command, "twice", seen, "remove all but one")
         return
     [one] = running
+    if one.until_reboot:
+        yield CronFinding(job.command, "disabled", f"{one.place}: {one.until_reboot}", one.change)
+        return
     yield _judged(job, one, backups, settings)
 
 

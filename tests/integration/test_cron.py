@@ -12,6 +12,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import time
 from datetime import datetime, timedelta, timezone, tzinfo
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,7 +27,7 @@ from tests import needs
 from tests.pm2.door import Pm2, pm2
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 JOBS = ("standby sync", "db health", "keys cleanup", "drill run")
 _MOUNTS = """
@@ -82,6 +83,14 @@ class Machine:
         rows = json.loads(done.stdout)["rows"]
         assert done.returncode == (0 if all(row["state"] == "ok" for row in rows) else 1), done
         return {row["job"]: (row["state"], row["seen"], row["action"]) for row in rows}
+
+
+def eventually(seen: Callable[[], bool]) -> bool:
+    """Whether it was seen within ten seconds."""
+    until = time.monotonic() + 10
+    while not (found := seen()) and time.monotonic() < until:
+        time.sleep(0.05)
+    return found
 
 
 @pytest.fixture
@@ -277,6 +286,19 @@ def test_a_clock_that_is_put_forward_is_warned_of() -> None:
     assert "when it is put forward or back, change this line" in note
 
 
+LIMITS_MIN = {"standby sync": 10, "db health": 2, "keys cleanup": 120, "drill run": 30}
+
+
+def test_every_line_has_the_limit_of_its_monitor(machine: Machine) -> None:
+    for form, pattern in {
+        "crontab": r"timeout -k 30 (\d+) .*opsctl (\w+ \w+) ",
+        "systemd": r"TimeoutStartSec=(\d+)\n(?:.*\n){2}ExecStart=.*opsctl (\w+ \w+) ",
+        "pm2": r"timeout -k 30 (\d+) .*opsctl (\w+ \w+) ",
+    }.items():
+        found = {job: int(limit_s) / 60 for limit_s, job in re.findall(pattern, machine.show("--as", form))}
+        assert found == LIMITS_MIN, form
+
+
 # --- systemd ----------------------------------------------------------------------------------------------------------
 
 
@@ -302,16 +324,17 @@ def test_systemd_finds_no_fault_in_the_units(machine: Machine) -> None:
 SYSTEMCTL = """\
 #!/bin/sh
 case "$*" in
-*Id,Unit,*"*.timer opsctl-standby-sync.timer opsctl-db-health.timer"*) /bin/cat "$0.timers" ;;
+*Id,Unit,*UnitFileState*"*.timer opsctl-standby-sync.timer opsctl-db-health.timer"*) /bin/cat "$0.timers" ;;
 *Id,ExecStart*) /bin/cat "$0.services" ;;
 esac
 """
 
 
-def timer(name: str, calendar: str, *, active: str = "active", unit: str = "") -> str:
+def timer(name: str, calendar: str, *, active: str = "active", at_boot: str = "enabled", unit: str = "") -> str:
     said = f"{{ OnCalendar={calendar} ; next_elapse=(null) }}"
     unit = unit or f"{name}.service"
-    return f"Unit={unit}\nTimersCalendar={said}\nId={name}.timer\nLoadState=loaded\nActiveState={active}\n"
+    states = f"LoadState=loaded\nActiveState={active}\nUnitFileState={at_boot}\n"
+    return f"Unit={unit}\nTimersCalendar={said}\nId={name}.timer\n{states}"
 
 
 def service(name: str, command: str, environment: str = "") -> str:
@@ -346,8 +369,15 @@ def test_timers_are_read_those_that_are_off_and_a_backup_s_too(tmp_path: Path, m
     assert answer(*well) == dict.fromkeys(JOBS, "ok")
     off = timer(names["drill run"], when["drill run"], active="inactive")
     assert answer(*well[:3], off)["drill run"] == "disabled"
+    fleeting = timer(names["drill run"], when["drill run"], at_boot="disabled")
+    assert answer(*well[:3], fleeting)["drill run"] == "disabled"
+    for at_boot in ("enabled-runtime", "linked", "transient", "masked"):
+        assert answer(*well[:3], fleeting.replace("=disabled", f"={at_boot}"))["drill run"] == "disabled"
+    for at_boot in ("static", "generated", "alias"):
+        assert answer(*well[:3], fleeting.replace("=disabled", f"={at_boot}"))["drill run"] == "ok"
     assert answer(*well[:3])["drill run"] == "missing"
     assert answer(*well, timer("dump", "*-*-* 03:00:00 UTC"))["keys cleanup"] == "collides"
+    assert answer(*well, timer("dump", "*-*-* 03:00:00 UTC", at_boot="disabled"))["keys cleanup"] == "collides"
     assert answer(*well, timer("dump", "*-*-* 03:30:00 UTC"))["keys cleanup"] == "ok"
     late = timer(names["keys cleanup"], "*-*-* 03:30:00 UTC")
     assert answer(*well[:2], late, well[3])["keys cleanup"] == "off time"
@@ -361,22 +391,35 @@ def test_timers_are_read_those_that_are_off_and_a_backup_s_too(tmp_path: Path, m
 
 
 @pytest.fixture(scope="module")
-def pm2_daemon() -> Iterator[Pm2]:
+def running_pm2() -> Iterator[Pm2]:
     with pm2() as running:
         yield running
 
 
+@pytest.fixture
+def pm2_daemon(running_pm2: Pm2, machine: Machine) -> Iterator[Pm2]:
+    """The machine's own, empty before and afterwards."""
+    machine.set("SERVICE_MANAGER=pm2", "SERVICE_NAMES=app", f"PM2_HOME={running_pm2.home}")
+    machine.path = running_pm2.path
+    yield running_pm2
+    running_pm2("delete", "all")
+
+
+def jobs_for_pm2(machine: Machine, program: str) -> Path:
+    """The file that PM2 is given, with a program of ours in opsctl's place."""
+    stand_in = machine.programs / "opsctl"
+    stand_in.write_text(program)
+    stand_in.chmod(0o755)
+    file = machine.folder / "opsctl.config.js"
+    file.write_text(
+        re.sub(r"[^\s\"]+ -m opsctl|[^\s\"]+/opsctl(?= \w+ \w+)", str(stand_in), machine.show("--as", "pm2"))
+    )
+    return file
+
+
 @in_a_mount_namespace
 def test_pm2_takes_the_file_and_its_list_is_read(machine: Machine, pm2_daemon: Pm2) -> None:
-    machine.set("SERVICE_MANAGER=pm2", "SERVICE_NAMES=app", f"PM2_HOME={pm2_daemon.home}")
-    machine.path = pm2_daemon.path
-    program = machine.programs / "opsctl"
-    program.write_text("#!/bin/sh\n")  # PM2 runs each at once: not on the machine that tests it
-    program.chmod(0o755)
-    text = re.sub(r"[^\s\"]+ -m opsctl|[^\s\"]+/opsctl(?= \w+ \w+)", str(program), machine.show("--as", "pm2"))
-    file = machine.folder / "opsctl.config.js"
-    file.write_text(text)
-    pm2_daemon("start", file)
+    pm2_daemon("start", jobs_for_pm2(machine, "#!/bin/sh\n"))  # PM2 runs each at once: not on the machine that tests it
     assert {job: row[0] for job, row in machine.check().items()} == dict.fromkeys(JOBS, "ok")
     pm2_daemon("delete", "opsctl-drill-run")
     pm2_daemon(
@@ -384,6 +427,41 @@ def test_pm2_takes_the_file_and_its_list_is_read(machine: Machine, pm2_daemon: P
     )
     states = {job: row[0] for job, row in machine.check().items()}
     assert (states["drill run"], states["keys cleanup"]) == ("missing", "collides")
+
+
+@in_a_mount_namespace
+def test_a_job_of_pm2_is_disabled_without_its_cron_and_not_because_it_rests(machine: Machine, pm2_daemon: Pm2) -> None:
+    ran = machine.folder / "ran"
+    program = machine.programs / "opsctl"
+    program.write_text(f"#!/bin/sh\necho >>{ran}\n")
+    program.chmod(0o755)
+    job = ("--no-autorestart", "--interpreter", "none", "--cron-restart")
+    pm2_daemon("start", program, "--name", "health", *job, "*/5 * * * *", "--", "db", "health")
+    pm2_daemon("stop", "health")
+    assert machine.check()["db health"][0] == "ok"
+    pm2_daemon("restart", "health", "--cron-restart", "0")
+    assert machine.check()["db health"][:2] == ("disabled", "PM2's health: PM2 has no cron restart for it")
+    # What that stands on: PM2 stops a process, and not its cron.
+    pm2_daemon("start", program, "--name", "each-second", *job, "* * * * * *")
+    pm2_daemon("stop", "each-second")
+    before = len(ran.read_text())
+    assert eventually(lambda: len(ran.read_text()) > before)
+
+
+@in_a_mount_namespace
+def test_pm2_runs_a_job_once_and_gives_it_the_time_to_tidy_up(machine: Machine, pm2_daemon: Pm2) -> None:
+    ran, tidied = machine.folder / "ran", machine.folder / "tidied"
+    program = (
+        f"#!/bin/sh\necho $1 >>{ran}\n[ $1 = keys ] || exit 1\n"
+        f"trap 'sleep 3; echo >{tidied}; exit 130' INT\nwhile :; do sleep 0.1; done\n"
+    )
+    pm2_daemon("start", jobs_for_pm2(machine, program))
+    assert eventually(lambda: len(ran.read_text().split()) >= len(JOBS))
+    pm2_daemon("stop", "opsctl-keys-cleanup")  # which is what it does with one that is due again
+    assert tidied.exists()
+    assert sorted(ran.read_text().split()) == ["db", "drill", "keys", "standby"]
+    entries = [entry["pm2_env"] for entry in json.loads(pm2_daemon("jlist"))]
+    assert {(entry["autorestart"], entry["kill_timeout"]) for entry in entries} == {(False, 30_000)}
 
 
 def test_json_has_every_job_with_its_command_and_its_time(machine: Machine) -> None:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 import opsctl
-from opsctl import jobs
+from opsctl import jobs, sentry, settings
 from opsctl.report import Ending, Report
 from opsctl.state import State
 from tests.integration.receivers import accepts_and_never_answers, free_port, full_backlog
@@ -142,6 +142,19 @@ def test_every_job_has_a_monitor_of_its_own(machine: Machine, recorder: Recorder
     assert {c["monitor_slug"] for c in recorder.check_ins} == {"opsctl-standby-sync"}
     assert {c["monitor_config"]["schedule"]["value"] for c in recorder.check_ins} == {"* * * * *"}
     assert len({job.name for job in jobs.JOBS}) == len(jobs.JOBS)
+
+
+@pytest.mark.parametrize(
+    ("job", "max_runtime", "failures"),
+    [("standby-sync", 10, 3), ("db-health", 2, 2), ("keys-cleanup", 120, 2), ("drill-run", 30, 1)],
+)
+def test_a_monitor_has_the_limits_of_its_job(job: str, max_runtime: int, failures: int, tmp_path: Path) -> None:
+    there = settings.load(environ={"OPSCTL_STATE_DIR": str(tmp_path)})
+    [of_name] = [found for found in jobs.JOBS if found.name == job]
+    content = sentry.check_in(of_name, there, "0" * 32, status="ok").splitlines()[-1]
+    config = json.loads(content)["monitor_config"]
+    assert (config["max_runtime"], config["checkin_margin"]) == (max_runtime, 5)
+    assert (config["failure_issue_threshold"], config["recovery_threshold"]) == (failures, 1)
 
 
 @pytest.mark.parametrize(
