@@ -270,7 +270,8 @@ def command(
 ) -> Callable[[Callable[..., Report]], Callable[..., int]]:
     """Register `body` as the command `name` of `app`, inside the frame.
 
-    `emergency` commands report to Sentry as fatal and without a cooldown; `deadline_s` is the default of `--deadline`;
+    `emergency` commands change where the sessions live or put back what an incident took: their failures go to Sentry
+    as fatal and without a cooldown, and to Telegram. `deadline_s` is the default of `--deadline`;
     `needs_settings=False` is for the commands that look at broken settings; drills do not report their failures.
     """
 
@@ -302,7 +303,13 @@ def command(
                     run.settings.require_sound()
                 return body(ctx, **given)
 
-            frame = _Frame(run, emergency=emergency, reports_failures=reports_failures, since=given.get("since"))
+            frame = _Frame(
+                run,
+                emergency=emergency,
+                has_target="since" in parameters,
+                reports_failures=reports_failures,
+                since=given.get("since"),
+            )
             return frame.run(work)
 
         wanted = {**parameters, **common}
@@ -337,11 +344,21 @@ def _watcher(*, quiet: bool) -> Watcher:
 class _Frame:
     """Runs one command's body and turns whatever comes out of it into one `Ending`."""
 
-    def __init__(self, run: Invocation, *, emergency: bool, reports_failures: bool, since: datetime | None) -> None:
+    def __init__(
+        self,
+        run: Invocation,
+        *,
+        emergency: bool,
+        has_target: bool,
+        reports_failures: bool,
+        since: datetime | None,
+    ) -> None:
         self.invocation = run
         self.emergency = emergency
         self.reports_failures = reports_failures
         self.since = since
+        self.has_target = has_target
+        """Whether the RTO is counted, also of a run that failed: of what takes `--since`, not of the way back."""
         from opsctl.jobs import job_of
 
         self.job = job_of(run.command, run.options)
@@ -407,7 +424,7 @@ class _Frame:
         run = self.invocation
         elapsed_s = round(seconds_since_start(self.since), 3)
         if (
-            self.emergency
+            self.has_target
             and not run.options.get("dry_run")
             and report.exit_code in _EMERGENCY_FAILED
             and report.rto_scope is None

@@ -193,6 +193,7 @@ def _switch(
 @command(
     app,
     "failback",
+    emergency=True,
     examples=(
         "opsctl sessions failback --dry-run                 what would change, and why",
         "opsctl sessions failback --service-stopped --yes   everything back into PostgreSQL",
@@ -279,6 +280,7 @@ def failback(
 @command(
     app,
     "repair",
+    emergency=True,
     examples=(
         "opsctl sessions repair --company 962302 --from standby --dry-run",
         "opsctl sessions repair --company 962302 --from archive --missing-only --service-stopped --yes",

@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 
 import opsctl
 from opsctl import notify, settings, telegram
+from opsctl.cli import tree
 from opsctl.notify import Notices
 from opsctl.report import Ending, Failure, Report, Rto
 from tests.integration.receivers import accepts_and_never_answers, drips, free_port, full_backlog
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
     from tests.conftest import RunOpsctl
+    from tests.forks import Forks
     from tests.integration.fleet import Fleet
 
 TOKEN = "1234567:AAE-x_y0123456789abcdefghijklmnopqr"
@@ -159,6 +161,42 @@ def test_a_failed_emergency_command_is_told_with_its_clock_runbook_and_next_line
     assert re.search(r"RTO: \d+\.\d s of 600 s, NOT met\nNext: <code>.+</code>\nRunbook: runbooks/1-", text)
     assert run_opsctl(*words, "--dry-run", env=env).returncode == 4  # an emergency is not rehearsed aloud
     assert run_opsctl("keys", "stats", env=env).returncode == 4  # and this is none
+    assert len(api.texts) == 1
+
+
+FAILS = """
+from opsctl.cli import frame
+
+frame._Frame._report_of = lambda *_: frame._report(4, frame.Failure("invented", "it failed"))
+"""
+
+
+def test_the_commands_that_are_told_are_those_that_the_readme_names(forking: Forks, tmp_path: Path, api: Api) -> None:
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    paragraph = next(text for text in readme.split("\n\n") if text.startswith("With TELEGRAM_BOT_TOKEN"))
+    env = {**api.env, "HOME": str(tmp_path), "OPSCTL_STATE_DIR": str(tmp_path / "state")}
+    arguments = {"sessions repair": ("--company", "1", "--from", "standby"), "keys undo": ("RUN",)}
+    for name, _ in tree.commands():
+        more = arguments.get(name, ("1",) if name == "runbook show" else ())
+        assert forking.run(*name.split(), *more, env=env, before=FAILS).returncode == 4, name
+    told = [text.partition("</b>")[0].removeprefix("<b>FAILED: opsctl ") for text in api.texts]
+    assert len(told) == 5
+    assert sorted(told) == sorted(re.findall(r"`(\w+ \w+)`", paragraph))
+
+
+@pytest.mark.parametrize(
+    "words",
+    [("sessions", "failback"), ("sessions", "repair", "--company", "962302", "--from", "standby")],
+    ids=lambda words: words[1],
+)
+def test_a_way_back_that_failed_is_told_and_has_no_clock(words: tuple[str, ...], fleet: Fleet, api: Api) -> None:
+    assert fleet.restore().returncode == 0
+    env = {**api.env, "DATABASE_URL": f"postgresql://u@127.0.0.1:{free_port()}/wa", "SESSIONS_DIR": str(fleet.target)}
+    assert fleet.opsctl(*words, "--service-stopped", "--yes", env=env).returncode in {4, 5}
+    [text] = api.texts
+    assert text.startswith(f"<b>FAILED: opsctl sessions {words[1]}</b>\n")
+    assert "RTO" not in text
+    assert fleet.opsctl(*words, "--dry-run", env=env).returncode in {4, 5}
     assert len(api.texts) == 1
 
 
