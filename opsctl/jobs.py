@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
+from opsctl.report import Outcome
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
 
@@ -129,6 +131,17 @@ def remember(job: Job, state: State, ending: Ending) -> None:
         "measures": seen,
         "recent": recent,
     }
+    state.keep(_name(job), last_run)
+
+
+def remember_warnings(job: Job, state: State, ending: Ending, warnings: Iterable[str]) -> None:
+    """Add to the run that was kept what came out after it."""
+    last_run = state.kept(_name(job))
+    if last_run.get("run_id") != ending.run_id:
+        return
+    last_run["warnings"] += warnings
+    if last_run["outcome"] == Outcome.OK:
+        last_run["outcome"] = Outcome.WARNING
     state.keep(_name(job), last_run)
 
 

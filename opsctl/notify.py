@@ -70,6 +70,12 @@ class Notices:
         self._job = job
         self._check_in_id = uuid.uuid4()
         self._beginning: list[threading.Thread] = []
+        self._refusals: list[str] = []
+
+    @property
+    def refusals(self) -> tuple[str, ...]:
+        """A sentence for each receiver of signals that has answered that it does not take them."""
+        return tuple(sorted(set(self._refusals)))
 
     def begin(self) -> None:
         """Tell in the background that the job has begun; nobody waits for it."""
@@ -108,11 +114,12 @@ class Notices:
     def _check_in(self, job: Job, ending: Ending | None, until: float) -> None:
         from opsctl import sentry
 
-        status = "in_progress" if ending is None else "ok" if ending.exit_code in {0, LOCKED} else "error"
+        word = "in_progress" if ending is None else "ok" if ending.exit_code in {0, LOCKED} else "error"
         duration_s = ending.elapsed_s if ending else None
-        content = sentry.check_in(job, self._settings, self._check_in_id.hex, status=status, duration_s=duration_s)
+        content = sentry.check_in(job, self._settings, self._check_in_id.hex, status=word, duration_s=duration_s)
         self._after_the_beginning(ending, until)
-        sentry.endpoint(self._settings["SENTRY_DSN"]).post(content, until)
+        status = sentry.endpoint(self._settings["SENTRY_DSN"]).post(content, until)
+        self._note_refusal(status, f"Sentry answers {status} to check-ins, so nobody watches this job (SENTRY_DSN)")
 
     def _ping(self, job: Job, ending: Ending | None, until: float) -> None:
         from opsctl.web import Endpoint
@@ -120,7 +127,13 @@ class Notices:
         word = "start" if ending is None else str(ending.exit_code or "")
         endpoint = Endpoint(_ping_address(self._settings["HEALTHCHECK_URL"], job, word, self._check_in_id))
         self._after_the_beginning(ending, until)
-        endpoint.get(until)
+        status = endpoint.get(until)
+        self._note_refusal(status, f"the dead-man ping is answered {status}: is HEALTHCHECK_URL still right?")
+
+    def _note_refusal(self, status: int, sentence: str) -> None:
+        """What waits for no later run is refused by a redirection too, which is not followed."""
+        if not 200 <= status < 300 and (_is_final(status) or status < 400):
+            self._refusals.append(sentence)
 
     def _after_the_beginning(self, ending: Ending | None, until: float) -> None:
         """No end before its beginning: let what is still on its way have half of the time."""

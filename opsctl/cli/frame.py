@@ -518,11 +518,23 @@ class _Frame:
             return None
         alarming = ending.exit_code in {1, 4, 6, 70} or (ending.exit_code in {3, 5} and not sys.stderr.isatty())
         announced = self.job is not None and self.job.announced and (alarming or ending.exit_code == 0)
-        return notices.end(
+        event_id = notices.end(
             ending,
             event=self.reports_failures and (alarming or ending.report.noteworthy),
             message=announced or (alarming and ending.emergency),
         )
+        self._tell_refusals(ending, notices.refusals)
+        return event_id
+
+    def _tell_refusals(self, ending: Ending, refusals: Sequence[str]) -> None:
+        """Where those who should watch a job do not listen, whoever reads cron's mail has to know."""
+        if self.watched_job is None or not refusals:
+            return
+        from opsctl.jobs import remember_warnings
+        from opsctl.state import State
+
+        _say(f"opsctl {ending.command}: warning: {'; '.join(refusals)}")
+        remember_warnings(self.watched_job, State(self.invocation.raw_settings.state_dir), ending, refusals)
 
 
 @contextmanager

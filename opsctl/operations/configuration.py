@@ -293,6 +293,9 @@ def _dead_man(settings: Settings) -> Finding:
     if url and "{job}" not in url:
         seen = "HEALTHCHECK_URL has no {job} in it: one job hides another's silence"
         return Finding("dead-man ping", Outcome.WARNING, seen, "put {job} into HEALTHCHECK_URL")
+    if not url and settings["SENTRY_DSN"]:
+        seen = "only monitors of Sentry would notice a machine that is gone, and GlitchTip has none"
+        return Finding("dead-man ping", Outcome.WARNING, seen, "set HEALTHCHECK_URL")
     return Finding("dead-man ping", Outcome.OK, "HEALTHCHECK_URL is set" if url else "not used")
 
 

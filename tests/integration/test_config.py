@@ -41,6 +41,7 @@ class Installation:
             "APP_DIR": str(self.folder),
             "DATABASE_URL": f"postgresql://user:{SECRET}@db.example.com/whatsapp",
             "SENTRY_DSN": "http://key@127.0.0.1:9/1",
+            "HEALTHCHECK_URL": "http://127.0.0.1:9/ping/{job}",
             "PATH": f"{self.programs}:/usr/bin:/bin",
         }
         self.crontab("echo '0 3 * * * opsctl drill run'")

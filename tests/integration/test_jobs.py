@@ -227,6 +227,37 @@ def test_signals_are_never_spooled(machine: Machine, recorder: Recorder) -> None
     assert len(recorder.received) == before
 
 
+@pytest.mark.parametrize("status", [400, 404, 410, 301])
+@pytest.mark.parametrize("end", ["0", "1"])
+def test_signals_that_are_refused_are_one_line_and_in_the_last_run(
+    end: str, status: int, machine: Machine, recorder: Recorder
+) -> None:
+    recorder.status = status
+    words = ("keys", "cleanup", "--end", end, "--quiet")
+    silent = machine.run(*words)
+    done = machine.run(*words, SENTRY_DSN=recorder.dsn, HEALTHCHECK_URL=f"{recorder.url}/{{job}}")
+    assert (done.returncode, done.stdout) == (int(end), "")
+    [line] = done.stderr.removeprefix(silent.stderr).splitlines()
+    sentences = [
+        f"Sentry answers {status} to check-ins, so nobody watches this job (SENTRY_DSN)",
+        f"the dead-man ping is answered {status}: is HEALTHCHECK_URL still right?",
+    ]
+    assert line == f"opsctl keys cleanup: warning: {'; '.join(sentences)}"
+    kept = machine.last_run()
+    assert kept["warnings"] == sentences
+    assert (kept["exit_code"], kept["outcome"]) == (int(end), "warning" if end == "0" else "failed")
+    recorder.status = 200
+    assert machine.run(*words, SENTRY_DSN=recorder.dsn, HEALTHCHECK_URL=recorder.url).stderr == silent.stderr
+    assert machine.last_run()["warnings"] == []
+
+
+@pytest.mark.parametrize("status", [500, 503, 429, 408])
+def test_a_receiver_that_is_in_trouble_itself_is_no_warning(status: int, machine: Machine, recorder: Recorder) -> None:
+    recorder.status = status
+    done = machine.run("keys", "cleanup", "--quiet", SENTRY_DSN=recorder.dsn, HEALTHCHECK_URL=recorder.url)
+    assert (done.returncode, done.stderr, machine.last_run()["warnings"]) == (0, "", [])
+
+
 # --- what it costs ----------------------------------------------------------------------------------------------------
 
 

@@ -326,6 +326,11 @@ def test_config_check_names_half_of_the_settings_and_what_waits(run_opsctl: RunO
     assert seen(half)["telegram"] == ("warning", "TELEGRAM_CHAT_ID is not set, so nothing is sent")
     assert seen(half)["dead-man ping"][0] == "warning"
     assert seen({})["telegram"] == ("ok", "not used")
+    assert seen({})["dead-man ping"][0] == "ok"
+    assert seen({"SENTRY_DSN": "https://k@sentry.example.com/1"})["dead-man ping"] == (
+        "warning",
+        "only monitors of Sentry would notice a machine that is gone, and GlitchTip has none",
+    )
     away = api.env | {"TELEGRAM_API_URL": f"http://127.0.0.1:{free_port()}"}
     tell(ended(), settings_of(away, state))
     assert seen(away)["telegram"] == ("warning", "1 wait because nobody answered")
