@@ -9,7 +9,7 @@ import re
 import sys
 from pathlib import Path
 
-from opsctl.cli import tree
+from opsctl.cli import exits, tree
 from opsctl.errors import EXIT_CODES
 from opsctl.operations.runbooks import anchor_of
 from opsctl.operations.triage import ADVICE
@@ -37,6 +37,7 @@ def reference() -> str:
     for name, command in commands:
         text = tree.help_of(name, command, width=COLUMNS)
         out += ["", f"## opsctl {name}", "", "```", *(line.rstrip() for line in text.splitlines()), "```"]
+        out += ["", f"Ends with {', '.join(map(str, sorted(exits.codes(name))))}."]
     return "\n".join(out) + "\n"
 
 

@@ -153,7 +153,7 @@ def _answer(connection: socket.socket) -> NoReturn:
 
 
 def _become(order: dict[str, Any]) -> NoReturn:
-    from opsctl.cli import app, frame
+    from opsctl.cli import app, frame, tree
 
     os.setsid()
     for number, name in enumerate(("stdin", "stdout", "stderr")):
@@ -177,6 +177,9 @@ def _become(order: dict[str, Any]) -> NoReturn:
 
         traceback.print_exc()
         sys.stderr.flush()
+        os._exit(99)
+    if not order["before"] and "--nagios" not in order["words"] and code not in tree.exit_codes(order["words"]):
+        os.write(2, f"opsctl/cli/exits.py does not have that this command ends with {code}\n".encode())
         os._exit(99)
     os._exit(code)
 

@@ -76,7 +76,7 @@ def check(
 
     1 where one is not. A comment under a line says how it ends: # exit 4, "text that it prints"
     """
-    from opsctl.cli.tree import problem
-    from opsctl.operations.runbooks import check_pages
+    from opsctl.cli import tree
+    from opsctl.operations.runbooks import Installed, check_pages
 
-    return check_pages(files or (), problem)
+    return check_pages(files or (), Installed(tree.problem, tree.exit_codes, tree.flags()))

@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING, Any
 import typer
 import typer.main
 
+from opsctl.cli import exits
+from opsctl.errors import EXIT_CODES
+
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
@@ -73,6 +76,23 @@ def _is_allowed(error: typer.TyperException, words: Sequence[str], *, typed: boo
     return isinstance(error, typer.BadParameter) and any(
         _PLACEHOLDER.fullmatch(word) and word in error.format_message() for word in words
     )
+
+
+def flags() -> frozenset[str]:
+    """Every flag of every command, and opsctl's own."""
+    every = (root(), *(command for _, command in commands()))
+    return frozenset(option for command in every for param in command.params for option in param.opts).union(_HELP)
+
+
+def exit_codes(words: Sequence[str]) -> frozenset[int]:
+    """With which codes a line can end; every code where it names no command.
+
+    >>> 5 in exit_codes(["sessions", "undo", "--yes"]), 5 in exit_codes(["triage", "--json"])
+    (True, False)
+    """
+    names = {name for name, _ in commands()}
+    found = next((name for name in (" ".join(words[:2]), " ".join(words[:1])) if name in names), None)
+    return exits.codes(found) if found else frozenset(EXIT_CODES)
 
 
 def help_of(name: str, command: Any, *, width: int) -> str:  # noqa: ANN401 - Typer keeps the type to itself

@@ -22,6 +22,7 @@ _FENCE = re.compile(r"\s*(?:[-*>]\s+)?(`{3,}|~{3,})\s*([\w-]*)")
 _SHELLS = frozenset({"", "sh", "bash", "zsh", "shell", "console", "text", "crontab", "cron"})
 _HEADING = re.compile(r"#{1,6}\s+(.*?)\s*#*$")
 _SPAN = re.compile(r"(?<!`)`(opsctl [^`]+)`(?!`)")
+_FLAG_SPAN = re.compile(r"(?<!`)`(--[a-z][\w-]*)[^`]*`(?!`)")
 _EXIT = re.compile(r"#\s*exits?\s+(?:with\s+)?(?:code\s+)?(\d+)\b")
 _QUOTED = re.compile(r'"([^"]*)"')
 _MORE = re.compile(r'\s*#\s*"')
@@ -49,16 +50,31 @@ class Line:
     words: tuple[str, ...]
     typed: bool
     """Whether it stands in a block to be typed; else it is named in a sentence."""
+    is_flag: bool = False
+    """Whether it is only a flag, which some command has to have."""
     exit_code: int | None = None
     output: tuple[str, ...] = ()
 
 
 def opsctl_lines(page: str, text: str) -> list[Line]:
-    """Every opsctl line of a page, in order. Blocks of other languages than a shell's are passed over.
+    """Every opsctl line of a page, in order, those in sentences too. Blocks of no shell's language are passed over.
 
     >>> [(line.words, line.exit_code) for line in opsctl_lines("x.md", "    opsctl triage  # exit 1\\n")]
     [(('triage',), 1)]
     """
+    return [line for line in _lines(page, text) if not line.is_flag]
+
+
+def named_flags(page: str, text: str) -> list[Line]:
+    """Every flag that a sentence names without its command.
+
+    >>> [line.words for line in named_flags("x.md", "Then add `--prefer files`, not `-x`.\\n")]
+    [('--prefer',)]
+    """
+    return [line for line in _lines(page, text) if line.is_flag]
+
+
+def _lines(page: str, text: str) -> list[Line]:
     found: list[Line] = []
     section, fence, shell = "", "", True
     pieces: list[str] = []
@@ -112,6 +128,8 @@ def _named(line: Line, raw: str) -> Iterator[Line]:
     for span in _SPAN.findall(raw):
         for words in _commands(span)[:1]:
             yield replace(line, text=span, words=tuple(word for word in words[1:] if word not in {"...", "…"}))
+    for flag in _FLAG_SPAN.findall(raw):
+        yield replace(line, text=flag, words=(flag,), is_flag=True)
 
 
 def _commands(text: str) -> list[list[str]]:

@@ -8,7 +8,7 @@ from importlib import resources
 from typing import TYPE_CHECKING
 
 from opsctl.errors import EXIT_CODES, UsageError
-from opsctl.operations.markdown_lines import Line, opsctl_lines
+from opsctl.operations.markdown_lines import Line, named_flags, opsctl_lines
 from opsctl.report import Column, Failure, Report
 
 if TYPE_CHECKING:
@@ -17,6 +17,18 @@ if TYPE_CHECKING:
 
     Problem = Callable[[Sequence[str], bool], str | None]
     """What is wrong with the words behind `opsctl`; the second value: whether the line is typed, or only named."""
+
+
+@dataclass(frozen=True, slots=True)
+class Installed:
+    """What the installed opsctl takes."""
+
+    problem: Problem
+    exit_codes: Callable[[Sequence[str]], frozenset[int]]
+    """With which codes the command behind `opsctl` can end."""
+    flags: frozenset[str]
+    """Of all commands."""
+
 
 FOLDER = "runbooks"
 FIRST_PAGE = "first-five-minutes"
@@ -124,24 +136,29 @@ class Mistake:
 _MISTAKE_COLUMNS = (Column("Where", "place"), Column("Line", "line"), Column("Problem", "problem"))
 
 
-def check_pages(files: Iterable[Path], problem: Problem) -> Report:
+def check_pages(files: Iterable[Path], installed: Installed) -> Report:
     """Hold every opsctl line against the installed commands, flags, values and exit codes. Nothing is run.
+
+    So with the flags that sentences name: some command has to have each.
 
     Exit code 1 where there is a mistake. Raises `UsageError` for a file that cannot be read.
     """
     texts = [(str(file), _read(file)) for file in files] or [(page.path, page.text) for page in pages()]
     lines = [line for name, text in texts for line in opsctl_lines(name, text)]
-    mistakes = [
-        Mistake(f"{line.page}:{line.number}", line.text, wrong)
-        for line in lines
-        if (wrong := problem(line.words, line.typed) or _wrong_exit_code(line)) is not None
-    ]
+    found = [(line, installed.problem(line.words, line.typed) or _wrong_exit_code(line, installed)) for line in lines]
+    for name, text in texts:
+        found += [
+            (line, f"no command has {line.text}")
+            for line in named_flags(name, text)
+            if line.text not in installed.flags
+        ]
+    mistakes = [Mistake(f"{line.page}:{line.number}", line.text, wrong) for line, wrong in found if wrong is not None]
     facts = {"pages": len(texts), "lines": len(lines), "mistakes": len(mistakes)}
     if not mistakes:
         return Report(f"{len(lines)} opsctl lines of {len(texts)} pages are lines that this opsctl takes", facts=facts)
     first = mistakes[0]
     return Report(
-        f"{len(mistakes)} of {len(lines)} opsctl lines of {len(texts)} pages are not lines that this opsctl takes",
+        f"{len(mistakes)} opsctl lines or flags of {len(texts)} pages are none that this opsctl takes",
         rows=mistakes,
         columns=_MISTAKE_COLUMNS,
         facts=facts,
@@ -158,8 +175,13 @@ def _read(file: Path) -> str:
         raise UsageError(f"{file} cannot be read: {why}") from None
 
 
-def _wrong_exit_code(line: Line) -> str | None:
-    known = _PLUGIN_EXIT_CODES if "--nagios" in line.words else EXIT_CODES
-    if line.exit_code is None or line.exit_code in known:
+def _wrong_exit_code(line: Line, installed: Installed) -> str | None:
+    if line.exit_code is None:
         return None
-    return f"no command ends with {line.exit_code}"
+    is_plugin = "--nagios" in line.words
+    if line.exit_code not in (_PLUGIN_EXIT_CODES if is_plugin else EXIT_CODES):
+        return f"no command ends with {line.exit_code}"
+    can = installed.exit_codes(line.words)
+    if is_plugin or line.exit_code in can:
+        return None
+    return f"this command never ends with {line.exit_code}: {', '.join(map(str, sorted(can)))}"

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import typer.main
 
-from opsctl.cli import app, tree
+from opsctl.cli import app, exits, tree
+from opsctl.errors import EXIT_CODES
 from opsctl.operations.markdown_lines import opsctl_lines
 from opsctl.operations.runbooks import pages
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from tests.conftest import RunOpsctl
 
 
@@ -115,7 +116,12 @@ def test_lines_that_this_opsctl_does_not_take_are_named(run_opsctl: RunOpsctl, t
         ("opsctl triage\n# exit 9", "no command ends with 9"),
         ("opsctl triage  # exits with code 7", "no command ends with 7"),
         ("opsctl triage\n# exit 1", None),
+        ("opsctl triage\n# exit 5", "this command never ends with 5: 0, 1, 2, 3, 4, 70, 129, 130, 141, 143"),
+        ("opsctl runbook show 1\n# exit 1", "this command never ends with 1: 0, 2, 70, 129, 130, 141, 143"),
+        ("opsctl sessions restore\n# exit 5", None),
+        ("opsctl --version\n# exit 0", None),
         ("opsctl db health --nagios\n# exit 3", None),
+        ("opsctl db health\n# exit 6", "this command never ends with 6: 0, 1, 2, 3, 4, 5, 70, 129, 130, 141, 143"),
         ("opsctl db health --nagios\n# exit 4", "no command ends with 4"),
     ],
 )
@@ -126,6 +132,23 @@ def test_an_exit_code_that_no_command_has_is_named(
     page.write_text(f"```sh\n{block}\n```\n")
     found = run_opsctl("runbook", "check", page, "--json").json()["rows"]
     assert [row["problem"] for row in found] == ([problem] if problem else [])
+
+
+def test_a_flag_that_a_sentence_names_and_no_command_has_is_named(run_opsctl: RunOpsctl, tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("Add `--prefer files` or `--perfer files`, in `./.env` or with `-x`.\n```json\n`--none`\n```\n")
+    done = run_opsctl("runbook", "check", page, "--json")
+    assert (done.returncode, [row["problem"] for row in done.json()["rows"]]) == (1, ["no command has --perfer"])
+
+
+def test_every_command_says_how_it_ends() -> None:
+    assert set(exits._OWN) == {name for name, _ in tree.commands()}
+    assert set(EXIT_CODES) == frozenset().union(*map(exits.codes, exits._OWN))
+    reference = (Path(__file__).parents[2] / "docs" / "commands.md").read_text(encoding="utf-8")
+    said = re.findall(r"## opsctl (\w+ ?\w*)\n.*?\nEnds with ([\d, ]+)\.", reference, re.DOTALL)
+    assert {name: {int(code) for code in codes.split(",")} for name, codes in said} == {
+        name: exits.codes(name) for name in exits._OWN
+    }
 
 
 @pytest.mark.parametrize("content", [None, b"\xff\xfe\x00"])
