@@ -24,7 +24,7 @@ _OWN = {
     "cache inspect": frozenset({1, 3, 4, 5}),
     "cache warm": _CHANGES,
     "cache clear": _CHANGES,
-    "keys stats": frozenset({3, 4}),
+    "keys stats": frozenset({3, 4, 5}),
     "keys cleanup": _CHANGES,
     "keys runs": frozenset({3, 4, 5}),
     "keys undo": _CHANGES,

@@ -1,7 +1,8 @@
 """Every opsctl line of the runbooks, typed in order against a real PostgreSQL in the state that the page describes.
 
-What a page says under a line (`# exit 1, "verdict: refused"`) is what it then has to do and to print. A section whose
-state is another one than that which the lines before it have left has an act here, under its heading.
+What a page says under a line (`# exit 1, "verdict: refused"`) is what it then has to do and to print. A line in a
+sentence is run where it stands too (`as_run`); what it ends with, if not with 0, is in `ENDS`. A section whose state is
+another one than that which the lines before it have left has an act here, under its heading.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, cast
 
 import pytest
 
+from opsctl.cli import tree
 from opsctl.embedded import EmbeddedServer, embedded_server
 from opsctl.operations.fleet import create_schema
 from opsctl.operations.markdown_lines import Line, opsctl_lines
@@ -27,6 +29,7 @@ from tests.integration.test_cleanup import OLD_SESSIONS
 from tests.integration.test_database_deadlines import tcp_url
 from tests.integration.test_restore_damage import VALUE, damage
 from tests.integration.test_switch_faults import Scene as SwitchScene
+from tests.integration.test_triage import said_by_baileys
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -35,6 +38,7 @@ if TYPE_CHECKING:
     from tests.conftest import RunOpsctl
     from tests.forks import Forks
 
+COMMANDS = dict(tree.commands())
 PAGES = {page.name: page for page in pages()}
 RUN_ID = re.compile(r"\b\d{8}T\d{6}Z-[0-9a-f]{6}\b")
 SMALL_DRILL = ("--companies", "2", "--keys", "40")
@@ -99,6 +103,18 @@ def unreadable_pages(scene: Scene) -> None:
 def readable_again(scene: Scene) -> None:
     scene.database.execute("DROP VIEW whatsapp_keys")
     scene.database.execute("ALTER TABLE intact_keys RENAME TO whatsapp_keys")
+
+
+def undecryptable(scene: Scene) -> None:
+    """Real Baileys has logged what it could not decrypt; until the service is started again, that is in its log."""
+    readable_again(scene)
+    log = scene.fleet.place / "service.log"
+    log.write_text(said_by_baileys("undecryptable", FIRST))
+    scene.fleet.env["SERVICE_LOG"] = str(log)
+
+
+def started_anew(scene: Scene) -> None:
+    (scene.fleet.place / "service.log").write_text("")
 
 
 def company_deleted(scene: Scene) -> None:
@@ -174,12 +190,43 @@ STARTS: dict[str, Callable[[Scene], None]] = {
 ACTS: dict[tuple[str, str], Callable[[Scene], None]] = {
     ("1-postgresql-unreachable", "The service has run on the folders"): server_back,
     ("2-corrupted-session-data", "The server cannot read its own pages"): unreadable_pages,
-    ("2-corrupted-session-data", "Undecryptable messages"): readable_again,
+    ("2-corrupted-session-data", "Undecryptable messages"): undecryptable,
+    ("2-corrupted-session-data", "Verification"): started_anew,
     ("3-accidental-deletion", "Tables are gone, or most of the rows"): tables_dropped,
     ("4-complete-loss", "Way back"): new_database,
     ("switch-and-failback", "The lines to type"): server_stopped,
     ("switch-and-failback", "Way back"): server_restarted,
 }
+
+
+ENDS = {
+    ("1-postgresql-unreachable", "opsctl triage"): 1,
+    ("2-corrupted-session-data", "opsctl triage"): 1,
+    ("3-accidental-deletion", "opsctl triage"): 1,
+    ("4-complete-loss", "opsctl triage"): 1,
+    ("contacts-and-escalation", "opsctl triage"): 1,
+    ("first-five-minutes", "opsctl triage --verbose"): 1,
+}
+"""With what a line in a sentence of a page ends where it stands, if not with 0."""
+PLACEHOLDER = re.compile(r"[A-Z]+")
+
+
+def typed_everywhere() -> set[frozenset[str]]:
+    return {frozenset(line.words) - {"--yes"} for name in PAGES for line in typed_lines(name)}
+
+
+def as_run(line: Line) -> tuple[str, ...] | None:
+    """How a line in a sentence is run where it stands: not at all, a dry run, or as it is.
+
+    A mere mention is what has a word in capitals for a value, what a block types (here or on the page that it belongs
+    to), and the drill on PM2 and Baileys, which has its own tests. What changes something is a dry run here.
+    """
+    if any(PLACEHOLDER.fullmatch(word) for word in line.words) or "--full" in line.words:
+        return None
+    command = COMMANDS[" ".join(line.words[: 1 if line.words[0] == "triage" else 2])]
+    if not any("--dry-run" in param.opts for param in command.params):
+        return line.words
+    return None if frozenset(line.words) in typed_everywhere() else (*line.words, "--dry-run")
 
 
 @pytest.fixture(scope="module")
@@ -239,11 +286,17 @@ def differences(line: Line, done: Finished) -> list[str]:
 def test_what_the_page_says_of_its_lines_is_so(scene: Scene, name: str) -> None:
     STARTS[name](scene)
     section, wrong = "", []
-    for line in typed_lines(name):
+    for line in opsctl_lines(PAGES[name].path, PAGES[name].text):
         if line.section != section:
             section = line.section
             if act := ACTS.get((name, section)):
                 act(scene)
+        if not line.typed:
+            if words := as_run(line):
+                done = scene.opsctl(*words, *(SMALL_DRILL if words[:2] == ("drill", "run") else ()))
+                if done.returncode != ENDS.get((name, line.text), 0):
+                    wrong.append(f"{line.page}:{line.number}: {line.text}: exit {done.returncode}\n{done}")
+            continue
         scene.type(line)
         _, done = scene.typed[-1]
         wrong += [f"{line.page}:{line.number}: {line.text}: {what}\n{done}" for what in differences(line, done)]

@@ -623,17 +623,12 @@ def test_the_way_out(scene: Scene) -> None:
     assert found["facts"]["also"] == ["name-not-found"]
 
 
-@pytest.fixture(scope="module")
-def log_lines() -> Callable[[str], str]:
-    """What the real Baileys logs in a trouble."""
+def said_by_baileys(trouble: str, company: str) -> str:
+    """What a real one logs of a trouble."""
     install(BAILEYS / "v7")
-
-    def lines(trouble: str) -> str:
-        words = [node(), str(BAILEYS / "troubles.mjs"), "--version=7", f"--trouble={trouble}", f"--company={FIRST}"]
-        done = subprocess.run(words, capture_output=True, text=True, timeout=60, check=True)
-        return done.stdout + done.stderr
-
-    return lines
+    words = [node(), str(BAILEYS / "troubles.mjs"), "--version=7", f"--trouble={trouble}", f"--company={company}"]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=60, check=True)
+    return done.stdout + done.stderr
 
 
 @pytest.mark.parametrize(
@@ -645,12 +640,10 @@ def log_lines() -> Callable[[str], str]:
         ("undecryptable", Fault.UNDECRYPTABLE, "undecryptable-messages"),
     ],
 )
-def test_what_the_services_log_says(
-    scene: Scene, tmp_path: Path, log_lines: Callable[[str], str], trouble: str, fault: Fault, section: str
-) -> None:
+def test_what_the_services_log_says(scene: Scene, tmp_path: Path, trouble: str, fault: Fault, section: str) -> None:
     log = tmp_path / "service.log"
     scene.fleet.folder().mkdir()
-    log.write_text(log_lines(trouble))
+    log.write_text(said_by_baileys(trouble, FIRST))
     env = {"SERVICE_LOG": str(log)}
     found = scene.sees(fault, env=env)
     assert found["facts"]["runbook"].endswith(section)
