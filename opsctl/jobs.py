@@ -82,7 +82,7 @@ JOBS = (
         (Measure("keys", "keys in the table", 2, 500), Measure("deleted", "deleted keys", 10, 100)),
         announced=True,
     ),
-    Job("drill run", "--quiet", "0 4 2 * *", 30, 1),
+    Job("drill run", "--quiet", "0 4 2 * *", 30, 1, (Measure("files_restored", "restored files", 2, 500),)),
 )
 
 

@@ -65,8 +65,15 @@ def run_drill(
             elapsed_s = _rehearse(server, scene, checks, companies=companies, seed=seed, journal=journal)
         else:
             elapsed_s = rehearse_fault(fault, server, scene, checks, companies=companies, journal=journal)
+        restored = sum(1 for company in scene.folders() for _ in company.glob("[!.]*.json"))
     done = f"{companies} companies x {keys:,} keys restored in {elapsed_s:.1f} s"
-    facts = {"companies": companies, "keys_per_company": keys, "fault": fault, "restore_s": elapsed_s}
+    facts = {
+        "companies": companies,
+        "keys_per_company": keys,
+        "files_restored": restored,
+        "fault": fault,
+        "restore_s": elapsed_s,
+    }
     return drill_report(checks, done, facts, not_measured=NOT_MEASURED, scope="files")
 
 

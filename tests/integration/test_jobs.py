@@ -399,11 +399,28 @@ def test_small_numbers_are_chance(tmp_path: Path) -> None:
     assert ran(State(tmp_path), 0.01, keys=10, deleted=0) == []
 
 
+def test_a_drill_that_restored_far_less_than_usual_is_said(tmp_path: Path) -> None:
+    [drill] = [job for job in jobs.JOBS if job.command == "drill run"]
+    for _ in range(jobs.FEWEST):
+        assert ran(State(tmp_path), 60.0, job=drill, files_restored=46_360) == []
+    assert ran(State(tmp_path), 60.0, job=drill, files_restored=46_000) == []
+    assert ran(State(tmp_path), 60.0, job=drill, files_restored=2_318) == [
+        "far off the usual: 2,318 restored files in this run, and usually 46,360"
+    ]
+
+
 def test_the_jobs_that_there_are_report_what_is_measured(fleet: Fleet) -> None:
-    for command in ("keys cleanup", "standby sync"):
+    lines = {
+        "keys cleanup": ("--yes", "--quiet"),
+        "standby sync": ("--quiet",),
+        "drill run": ("--quiet", "--companies", "2", "--keys", "40"),
+    }
+    assert {job.command for job in jobs.JOBS if job.measures} == set(lines)
+    for command, flags in lines.items():
         job = jobs.job_of(command, {})
         assert job
         env = {"STANDBY_DIR": str(fleet.place / "standby")}
-        assert fleet.opsctl(*command.split(), *job.flags.split(), env=env).returncode == 0
+        assert fleet.opsctl(*command.split(), *flags, env=env).returncode == 0
         last_run = State(fleet.state).kept(f"jobs/{job.name}/last-run")
         assert {measure.fact for measure in job.measures} < set(last_run["measures"])
+    assert last_run["measures"]["files_restored"] == 2 * 41  # the keys, and creds.json

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -134,3 +137,49 @@ def test_a_failure_names_a_runbook_that_exists() -> None:
     page = errors.SourceUnavailable("x").runbook
     assert page is not None
     assert (ROOT / page).is_file()
+
+
+def test_the_contacts_are_those_of_the_system() -> None:
+    page = (ROOT / "runbooks" / "contacts-and-escalation.md").read_text(encoding="utf-8")
+    table = re.findall(r"^\| ([A-Z][\w -]+) \| (\S+) \| (\w+) \|$", page, re.MULTILINE)
+    assert table == [
+        ("Primary on-call", "@vosarsen", "Telegram"),
+        ("Backup on-call", "support@adminai.tech", "mail"),
+        ("DevOps lead", "@vosarsen", "Telegram"),
+        ("Database admin", "@vosarsen", "Telegram"),
+    ]
+    assert re.findall(r"^- \*\*(\S+) minutes", page, re.MULTILINE) == ["0-5", "5-15", "15-30", "30"]
+
+
+def test_the_deployment_checks_ask_the_database_for_its_health() -> None:
+    [page] = [page for page in runbooks.pages() if page.name == "deployment-checks"]
+    lines = [line for line in opsctl_lines(page.path, page.text) if line.typed and line.section == "Verification"]
+    assert ("db", "health") in [line.words for line in lines]
+
+
+def test_the_snippet_of_contributing_is_a_command_that_runs(tmp_path: Path) -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    [snippet] = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    assert snippet.count("\n") <= 10
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import sys\nimport typer\nfrom opsctl.cli.frame import Companies, Invocation, command, main\n"
+        "from opsctl.report import Report\n\n"
+        "class keys:\n"
+        "    def count(database, *, companies):\n"
+        "        return Report('counted', facts={'opens': callable(database), 'companies': companies})\n\n"
+        "app = typer.Typer()\n\n@app.callback()\ndef group() -> None: ...\n\n" + snippet + "\nsys.exit(main(app))\n"
+    )
+    env = {
+        "PATH": os.environ["PATH"],
+        "PYTHONPATH": str(ROOT),
+        "HOME": str(tmp_path),
+        "DATABASE_URL": "postgresql://u@127.0.0.1/d",
+    }
+    words = [sys.executable, str(program), "stats", "--company", "962302", "--json"]
+    done = subprocess.run(words, env=env, cwd=tmp_path, capture_output=True, text=True, check=True, timeout=60)
+    document = json.loads(done.stdout)
+    assert (document["command"], document["exit_code"]) == ("stats", 0)
+    assert document["facts"] == {"opens": True, "companies": ["962302"]}
+    shown = subprocess.run([*words[:3], "--help"], env=env, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert "opsctl keys stats --company 962302" in shown.stdout
