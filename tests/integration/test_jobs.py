@@ -22,7 +22,8 @@ import opsctl
 from opsctl import jobs, sentry, settings
 from opsctl.report import Ending, Report
 from opsctl.state import State
-from tests.integration.receivers import accepts_and_never_answers, free_port, full_backlog
+from tests import needs
+from tests.integration.receivers import HANGING, free_port
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -75,6 +76,7 @@ class Machine:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.before: tuple[str, ...] = ()
         self.state = folder / "state"
         self.program = folder / "program.py"
         self.program.write_text(PROGRAM)
@@ -86,7 +88,7 @@ class Machine:
         }
 
     def words(self, *words: str) -> list[str]:
-        return [sys.executable, str(self.program), *words]
+        return [*self.before, sys.executable, str(self.program), *words]
 
     def run(self, *words: str, **env: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
@@ -281,20 +283,41 @@ def everybody(url: str) -> dict[str, str]:
     return {"SENTRY_DSN": url.replace("//", "//k@") + "/1", "HEALTHCHECK_URL": f"{url}/{{job}}", **telegram}
 
 
-@pytest.mark.parametrize("endpoint", [accepts_and_never_answers, full_backlog])
+def delivered_later(machine: Machine, recorder: Recorder) -> bool:
+    """Whether the next run brings the one event and the one message that waited, and the one after it nothing."""
+    for _ in range(2):
+        machine.run("keys", "cleanup", "--dry-run", **everybody(recorder.url))
+    messages = [request for request in recorder.received if b"/bot1:token/sendMessage" in request]
+    return (len(recorder.events), len(messages), len(recorder.received)) == (1, 1, 2)
+
+
+@pytest.mark.parametrize("endpoint", HANGING.values(), ids=HANGING.keys())
 def test_receivers_that_all_hang_add_two_seconds_in_all(
-    endpoint: Callable[[], contextlib.AbstractContextManager[str]], machine: Machine
+    endpoint: Callable[[], contextlib.AbstractContextManager[str]], machine: Machine, recorder: Recorder
 ) -> None:
     with endpoint() as dsn:
         assert 0.5 < added_seconds(machine, **everybody(dsn.replace("k@", "").removesuffix("/1"))) <= 2.0
     assert [len(list((machine.state / "spool").glob(f"{name}/*"))) for name in ("sentry", "telegram")] == [1, 1]
+    assert delivered_later(machine, recorder)
+
+
+@needs.namespace("mount")
+def test_a_resolver_that_hangs_for_all_receivers_adds_two_seconds_in_all(
+    machine: Machine, silent_resolver: tuple[str, ...], recorder: Recorder
+) -> None:
+    machine.before = silent_resolver
+    assert 0.5 < added_seconds(machine, **everybody("http://sinks.example.com")) <= 2.0
+    assert delivered_later(machine, recorder)
 
 
 def test_receivers_that_refuse_fail_or_are_slow_add_two_seconds_in_all(machine: Machine, recorder: Recorder) -> None:
     assert added_seconds(machine, **everybody(f"http://127.0.0.1:{free_port()}")) < 1.5
     recorder.status = 500
     assert added_seconds(machine, **everybody(recorder.url)) < 1.5
-    recorder.status, recorder.delay_s = 200, 0.7
+    recorder.received.clear()
+    recorder.status = 200
+    assert delivered_later(machine, recorder)
+    recorder.delay_s = 0.7
     assert added_seconds(machine, **everybody(recorder.url)) <= 2.0
 
 
