@@ -26,6 +26,8 @@ _PROGRAMS = {
     "psmisc": "fuser",
     "cron": "crontab",
     "systemd": "systemd-analyze",
+    "zsh": "zsh",
+    "fish": "fish",
 }
 
 
