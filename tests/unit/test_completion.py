@@ -40,6 +40,7 @@ _opsctl_completion
 opsctl --show-completion >completion
 source completion
 complete --do-complete "$argv" | string split --fields 1 \\t
+true
 """,
 }
 START = {
