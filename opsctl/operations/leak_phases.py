@@ -9,7 +9,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from opsctl import process
-from opsctl.operations.leak_stage import STEP_LIMIT_S, Phase
+from opsctl.operations.leak_stage import STEP_LIMIT_S, Phase, with_a_full_disk
 from opsctl.queries import query
 
 if TYPE_CHECKING:
@@ -66,6 +66,20 @@ def _receivers_answer(stage: Stage) -> None:
     stage.catcher.status = 200
 
 
+def _frozen(stage: Stage) -> None:
+    stage.server.freeze()
+
+
+def _thawed(stage: Stage) -> None:
+    stage.server.thaw()
+
+
+def _read_only(stage: Stage) -> dict[str, str]:
+    """The same server, as one without a disk to write to answers."""
+    url = stage.planted.url(stage.server.port)
+    return {"DATABASE_URL": f"{url}?options=-c%20default_transaction_read_only%3Don"}
+
+
 def _wrong_password(stage: Stage) -> dict[str, str]:
     url = stage.planted.url(stage.server.port, stage.planted.other_password)
     return {"DATABASE_URL": url, "OPSCTL_REPLICA_URL": url}
@@ -107,6 +121,14 @@ def _services_that_tell(stage: Stage) -> dict[str, str]:
 
 
 _ASKS = ("triage --json", "sessions restore --json", "db health --nagios")
+_WRITES = (
+    "sessions repair --company 962302 --from standby --service-stopped --yes --json",
+    "sessions failback --service-stopped --yes --verbose",
+    "keys doctor --fix --service-stopped --yes --verbose",
+    "keys cleanup --yes --json",
+    "standby sync --verbose",
+    "cache warm --json",
+)
 _READS = ("config check --json", "sessions list --verbose")
 PHASES = (
     Phase(
@@ -211,6 +233,18 @@ PHASES = (
         "settings that make no sense",
         ("config show --json", "config check --verbose", "triage --json"),
         settings=_torn_settings,
+    ),
+    Phase("a database that takes no writes", (*_ASKS, *_WRITES), settings=_read_only),
+    Phase(
+        "a disk that is full",
+        ("sessions restore --service-stopped --discard-changes --yes --json", *_WRITES, "triage --verbose"),
+        run=with_a_full_disk,
+    ),
+    Phase(
+        "a database that is frozen",
+        ("triage --json", "db health --nagios", *(f"{line} --deadline 2" for line in (*_ASKS[1:2], *_WRITES))),
+        prepare=_frozen,
+        tidy=_thawed,
     ),
     Phase("tables that are gone", (*_ASKS, "keys cleanup --yes --json"), prepare=_tables_gone),
     Phase(

@@ -48,6 +48,12 @@ def as_a_program(words: Sequence[str], environment: Mapping[str, str]) -> proces
     return process.run(process.opsctl_words(*words), environment=environment, timeout_s=STEP_LIMIT_S)
 
 
+def with_a_full_disk(words: Sequence[str], environment: Mapping[str, str]) -> process.Finished:
+    """As `as_a_program`, where no file can grow beyond 4 KiB: setrlimit(2) needs neither root nor a mount."""
+    limited = ["sh", "-c", 'ulimit -f 8; exec "$@"', "sh", *process.opsctl_words(*words)]
+    return process.run(limited, environment=environment, timeout_s=STEP_LIMIT_S)
+
+
 @dataclass(frozen=True, slots=True)
 class Phase:
     """Lines to type after something was broken, each in full."""
@@ -56,6 +62,10 @@ class Phase:
     lines: tuple[str, ...]
     prepare: Callable[[Stage], None] | None = None
     settings: Callable[[Stage], Mapping[str, str]] | None = None
+    run: Run | None = None
+    """How its lines are run, if not as those of the others."""
+    tidy: Callable[[Stage], None] | None = None
+    """Undo what `prepare` did, for the next one."""
 
 
 @dataclass
@@ -79,10 +89,10 @@ class Stage:
             for statement in statements:
                 connection.execute(statement, values)
 
-    def type(self, line: str, more: Mapping[str, str]) -> None:
+    def type(self, line: str, more: Mapping[str, str], run: Run | None = None) -> None:
         """Run one line and look through what it printed."""
         words = [self.last_run if word == "RUN" else word for word in shlex.split(line)]
-        done = self.run(words, {**self.scene.environment, **more})
+        done = (run or self.run)(words, {**self.scene.environment, **more})
         self.typed += 1
         self.search.look("JSON" if "--json" in words else "stdout", line, done.stdout)
         self.search.look("stderr", line, done.stderr.encode())

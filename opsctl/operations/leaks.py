@@ -83,8 +83,10 @@ def _act(stage: Stage, phase: Phase) -> None:
         phase.prepare(stage)
     more = phase.settings(stage) if phase.settings else {}
     for line in phase.lines:
-        stage.type(line, more)
+        stage.type(line, more, phase.run)
     stage.look_around(stage.search)
+    if phase.tidy:
+        phase.tidy(stage)
 
 
 def _let_out(stage: Stage) -> dict[str, int]:

@@ -90,6 +90,27 @@ def test_a_secret_that_leaves_is_found_wherever_that_is(monkeypatch: pytest.Monk
     assert "p@ss" not in str(report)
 
 
+def test_a_secret_that_leaves_in_any_phase_is_found_in_that_phase(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    leaking = "import os; print(os.environ.get('DATABASE_URL'), os.environ['SENTRY_DSN'])"
+    monkeypatch.setattr(process, "opsctl_words", lambda *_: [sys.executable, "-c", leaking])
+    found: dict[str, int] = {}
+    act = leaks._act
+
+    def counted(stage: Stage, phase: Phase) -> None:
+        before = len(stage.search.leaks)
+        act(stage, phase)
+        found[phase.name] = len(stage.search.leaks) - before
+
+    monkeypatch.setattr(leaks, "_act", counted)
+    tmp_path.chmod(0o711)
+    assert look_for_leaks(commands=COMMANDS, scratch=tmp_path, journal=Journal()).exit_code == 1
+    assert found.keys() == {phase.name for phase in (*leak_phases.PHASES, leak_phases.the_rest(COMMANDS))}
+    assert {"a database that takes no writes", "a disk that is full", "a database that is frozen"} < found.keys()
+    assert {name: count for name, count in found.items() if not count} == {}
+
+
 def test_a_search_that_is_blind_is_no_success(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(leaks, "PHASES", ())
     monkeypatch.setattr(leaks, "_post", lambda *_: None)
