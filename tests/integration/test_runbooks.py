@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 COMMANDS = dict(tree.commands())
 PAGES = {page.name: page for page in pages()}
 RUN_ID = re.compile(r"\b\d{8}T\d{6}Z-[0-9a-f]{6}\b")
+TABLES = ("whatsapp_auth", "whatsapp_keys")
 SMALL_DRILL = ("--companies", "2", "--keys", "40")
 
 
@@ -123,8 +124,14 @@ def company_deleted(scene: Scene) -> None:
         scene.database.execute(query(statement), {"company_id": FIRST})
 
 
-def tables_dropped(scene: Scene) -> None:
-    scene.database.execute(query("drill_drop_tables"))
+def tables_away(scene: Scene) -> None:
+    for table in TABLES:
+        scene.database.execute(f"ALTER TABLE {table} RENAME TO {table}_away")
+
+
+def tables_there_again(scene: Scene) -> None:
+    for table in TABLES:
+        scene.database.execute(f"ALTER TABLE {table}_away RENAME TO {table}")
 
 
 def database_dropped(scene: Scene) -> None:
@@ -192,7 +199,8 @@ ACTS: dict[tuple[str, str], Callable[[Scene], None]] = {
     ("2-corrupted-session-data", "The server cannot read its own pages"): unreadable_pages,
     ("2-corrupted-session-data", "Undecryptable messages"): undecryptable,
     ("2-corrupted-session-data", "Verification"): started_anew,
-    ("3-accidental-deletion", "Tables are gone, or most of the rows"): tables_dropped,
+    ("3-accidental-deletion", "Tables are gone, or most of the rows"): tables_away,
+    ("3-accidental-deletion", "Way back"): tables_there_again,
     ("4-complete-loss", "Way back"): new_database,
     ("switch-and-failback", "The lines to type"): server_stopped,
     ("switch-and-failback", "Way back"): server_restarted,
