@@ -154,6 +154,8 @@ def _failure(failed: Failed, workplace: Workplace) -> OpsctlError:
     path = workplace.path
     if failed.code in {errno.ENOSPC, errno.EDQUOT}:
         return Refused(f"{path}: no space left", kind="disk-full", hint=f"df -h {path}; df -i {path}")
+    if failed.code == errno.EFBIG:
+        return Refused(f"{path}: a file would be larger than this process may write", hint="ulimit -f unlimited")
     if failed.code == errno.EROFS:
         return Refused(f"{path} is on a read-only filesystem", hint="pass another --to")
     if failed.code in {errno.EACCES, errno.EPERM}:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from opsctl.embedded import EmbeddedServer
     from tests.conftest import RunOpsctl
+    from tests.forks import Forks
 
 
 @pytest.fixture
@@ -245,3 +246,12 @@ def test_a_pooler_whose_connections_are_all_busy_is_given_up_at_the_deadline(fle
 
 def test_without_a_pooler_nothing_is_said_of_one(fleet: Fleet) -> None:
     assert not [warning for warning in fleet.restored()["warnings"] if "pooler" in warning]
+
+
+def test_a_shell_that_lets_no_file_grow_is_named_and_nothing_is_changed(fleet: Fleet, forking: Forks) -> None:
+    limited = "import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))"  # a manifest is larger
+    env = {**fleet.env, "SESSIONS_DIR": str(fleet.target), "HOME": str(fleet.place)}
+    done = forking.run("sessions", "restore", "--json", env=env, before=limited)
+    assert done.returncode == 5, done
+    assert done.json()["error"]["hint"] == "ulimit -f unlimited"
+    assert not list(fleet.target.glob("company_*"))
