@@ -42,7 +42,10 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Run:
     [wheel] = folder.glob("*.whl")
     venv.create(folder / "venv", with_pip=False)
     python = str(folder / "venv" / "bin" / "python")
-    subprocess.run([*pip, "--python", python, "install", "--no-deps", "--no-index", wheel], check=True, timeout=120)
+    # A path to other packages would have pip find this repository there, and install nothing.
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    into = [*pip, "--python", python, "install", "--no-deps", "--no-index", str(wheel)]
+    subprocess.run(into, check=True, timeout=120, env=env)
 
     def run(*words: str, before: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
         env = {"PATH": os.environ["PATH"], "HOME": str(folder), "PYTHONPATH": sysconfig.get_path("purelib")}

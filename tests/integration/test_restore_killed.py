@@ -193,7 +193,8 @@ def kill(process: subprocess.Popen[bytes], victim: str, instant_s: float) -> Non
         while process.poll() is None and not (workers := set(processes_of_session(process.pid)) - {process.pid}):
             time.sleep(0.002)
         if process.poll() is None:
-            os.kill(max(workers), signal.SIGKILL)
+            with suppress(ProcessLookupError):  # it ended meanwhile, as its run is about to
+                os.kill(max(workers), signal.SIGKILL)
     process.wait(30)
 
 
