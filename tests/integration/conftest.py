@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import socket
 import tempfile
@@ -48,10 +49,12 @@ def fleet(empty_fleet: Fleet) -> Fleet:
 @pytest.fixture
 def silent_resolver(tmp_path: Path) -> Iterator[tuple[str, ...]]:
     """Words before a program, for which every name is looked up at a server that does not answer."""
+    high, low = divmod(os.getpid() % 2**16, 2**8)
+    address = f"127.53.{high}.{low}"  # the port is always 53, and each worker of the suite needs a server
     resolv = tmp_path / "resolv.conf"
-    resolv.write_text("nameserver 127.0.0.84\n")
+    resolv.write_text(f"nameserver {address}\n")
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as silent:
-        silent.bind(("127.0.0.84", 53))
+        silent.bind((address, 53))
         yield ("unshare", "-m", "sh", "-c", f'mount --bind {resolv} /etc/resolv.conf && exec "$@"', "sh")
         silent.setblocking(False)
         assert silent.recv(512)  # it was asked
