@@ -1,4 +1,5 @@
 -- Keys per company and type: how many, how large, how old, how fast they grow, and how many are expired.
+-- The bounds are subqueries, which are computed once and not for every row.
 SELECT
     company_id,
     key_type,
@@ -20,10 +21,10 @@ FROM (
         key_type,
         updated_at,
         created_at,
-        %(now)s::timestamptz - interval '1 day' AS day,
-        %(now)s::timestamptz - interval '7 days' AS week,
-        %(now)s::timestamptz - interval '14 days' AS fortnight,
-        %(now)s::timestamptz - interval '30 days' AS month,
+        (SELECT %(now)s::timestamptz - interval '1 day') AS day,
+        (SELECT %(now)s::timestamptz - interval '7 days') AS week,
+        (SELECT %(now)s::timestamptz - interval '14 days') AS fortnight,
+        (SELECT %(now)s::timestamptz - interval '30 days') AS month,
         pg_column_size(value) AS size_bytes,
         <expired> AS expired
     FROM whatsapp_keys
