@@ -462,7 +462,7 @@ def test_pm2_runs_a_job_once_and_gives_it_the_time_to_tidy_up(machine: Machine, 
     assert tidied.exists()
     # Those two are due once a day and once a week; of the others a minute may begin meanwhile.
     runs = Counter(ran.read_text().split())
-    assert (runs.keys(), runs["keys"], runs["drill"]) == ({"db", "drill", "keys", "standby"}, 1, 1)
+    assert (set(runs), runs["keys"], runs["drill"]) == ({"db", "drill", "keys", "standby"}, 1, 1)
     entries = [entry["pm2_env"] for entry in json.loads(pm2_daemon("jlist"))]
     assert {(entry["autorestart"], entry["kill_timeout"]) for entry in entries} == {(False, 30_000)}
 
