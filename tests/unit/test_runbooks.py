@@ -180,6 +180,16 @@ def _tree_with(command: object) -> object:
     return found
 
 
+@pytest.mark.parametrize("number", "1234")
+def test_the_times_on_a_page_are_those_of_the_walks(number: str) -> None:
+    walks = (Path(__file__).parents[2] / "benchmarks" / "walks.txt").read_text()
+    walked = re.findall(rf"page {number}\b.*: (\d+) s <= \d+: holds", walks)
+    (page,) = [page for page in pages() if page.name.startswith(f"{number}-")]
+    stated, _, _ = page.text.partition("([how]")
+    assert walked
+    assert re.findall(r"\b(\d+) s\b", stated) == walked
+
+
 def test_a_statement_may_go_on_in_the_next_comment() -> None:
     (line,) = opsctl_lines("x.md", '```sh\nopsctl triage\n# exit 1, "one", "two ... three"\n# "four"\n```\n')
     assert (line.exit_code, line.output) == (1, ("one", "two ... three", "four"))
