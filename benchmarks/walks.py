@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -266,6 +267,7 @@ WALKS = (
 
 def main() -> int:
     """Walk, print, and exit 1 if a target is missed or a line is not as its page says."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # by way of what ends the services and PM2
     say(f"{COMPANIES} companies, a message each {EVERY_MS} ms, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}")
     results = [result for parts in WALKS for result in _walk(parts)]
     say("\nfrom `opsctl triage`, or the first line of the way back, to `connection open`:")
