@@ -129,9 +129,9 @@ def shown_key_id(key_id: str, me_ids: Iterable[str | None]) -> str:
     >>> shown_key_id("123@g.us::456_1::7", ["456:7@s.whatsapp.net", None])
     '123@g.us::me_1::7'
     """
-    for jid in me_ids:
-        if jid and (match := _JID.match(jid)):
-            key_id = re.sub(rf"(?<!\d){re.escape(match['user'])}(?!\d)", "me", key_id)
+    for user in {match["user"] for jid in me_ids if jid and (match := _JID.match(jid))}:
+        if user in key_id:
+            key_id = re.sub(rf"(?<!\d){re.escape(user)}(?!\d)", "me", key_id)
     return key_id
 
 

@@ -21,7 +21,7 @@ from opsctl.stores.archive import Head, new_archive
 from opsctl.stores.postgres import Creds, Fingerprint, fingerprint_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
     from contextlib import AbstractContextManager
     from datetime import timedelta
     from pathlib import Path
@@ -132,8 +132,7 @@ class Rewriting:
     def delete(self, keys: Iterable[tuple[str, str]]) -> None:
         """Delete keys, by (type, id)."""
         for some in _batches(keys):
-            for old in self._taken(some):
-                self._keep(_archived(_KEYS, old=old.line))
+            self._keep(b"".join(_archived(_KEYS, old=old.line) for old in self._taken(some)))
 
     def put(self, rows: Iterable[NewRow]) -> None:
         """Write keys, in place of the rows that there are; those keep the time at which they were made."""
@@ -145,9 +144,7 @@ class Rewriting:
             written = db.rows(
                 self._connection, query("put_company_keys"), _Kept, company_id=self._company, rows=rows_json
             )
-            for new in written:
-                old = before.get((new.key_type, new.key_id))
-                self._keep(_archived(_KEYS, old=old.line if old else None, new=new.line))
+            self._keep(b"".join(_archived(_KEYS, old=_line(before, new), new=new.line) for new in written))
 
     def put_creds(self, creds: str, updated_at: str | None) -> None:
         """Write the credentials; without a time, now."""
@@ -191,6 +188,12 @@ def rewriting(connection: db.Connection, archive: Archive, company_id: str) -> I
         archive.concerns(company_id)
     except psycopg.Error as error:
         raise db.translated(error) from None
+
+
+def _line(before: Mapping[tuple[str, str], _Taken], row: _Kept) -> str | None:
+    """The row in whose place another comes."""
+    old = before.get((row.key_type, row.key_id))
+    return old.line if old else None
 
 
 def _archived(table: str, *, old: str | None = None, new: str | None = None) -> bytes:
