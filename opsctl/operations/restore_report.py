@@ -78,7 +78,7 @@ class CompanyRow(OfASource):
     source: str = ""
     """`database`, `replica`, `standby` or `cache`, and which of several."""
     rpo_s: float | None = None
-    """How long before this run the moment was that the copy shows."""
+    """How long before this run the moment was that the copy shows; None where its time is still to come."""
     copy: str = ""
     seconds: float | None = None
     reason: str | None = None
@@ -249,14 +249,19 @@ def _stale_warning(rows: Sequence[CompanyRow], source: str, wish: Wish) -> str:
         )
     if source == Kind.CACHE:
         return f"the credentials of {_named(rows)} are the cache's and the keys beside them the standby's: {chats}"
-    oldest = max((row.rpo_s or 0.0 for row in rows), default=0.0)
+    ages = [row.rpo_s for row in rows if row.rpo_s is not None]
+    since = (
+        f"{duration(max(ages))} ago or less" if len(ages) == len(rows) else "nobody knows when: a clock was set back"
+    )
     return (
-        f"the copies from the {source} are possibly stale, because what was written after them ({duration(oldest)} "
-        f"ago or less) is missing: {chats}"
+        f"the copies from the {source} are possibly stale, because what was written after them ({since}) "
+        f"is missing: {chats}"
     )
 
 
-def staged_row(staged: Staged, wish: Wish, offer: Offer, seconds: float, *, rpo_s: float, fresh: bool) -> CompanyRow:
+def staged_row(
+    staged: Staged, wish: Wish, offer: Offer, seconds: float, *, rpo_s: float | None, fresh: bool
+) -> CompanyRow:
     """What is known of a company when its folder is written."""
     counts = staged.keys_by_type
     sender = counts.get("sender-key", 0) + counts.get("sender-key-memory", 0)
@@ -284,7 +289,7 @@ def staged_row(staged: Staged, wish: Wish, offer: Offer, seconds: float, *, rpo_
         warning_count=len(warnings),
         warnings=warnings,
         source=offer.label,
-        rpo_s=round(rpo_s, 1),
+        rpo_s=None if rpo_s is None else round(rpo_s, 1),
         copy="fresh" if fresh else "possibly stale",
         seconds=round(seconds, 2),
         reason=reason,

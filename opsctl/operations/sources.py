@@ -47,6 +47,8 @@ GRACE_S = 0.5
 """After the clock of a connection, which says better what it was waiting for."""
 WENT_BACK_S = 60.0
 """A row that was deleted makes the newest one that is left a little older; a backup that was put back, by much more."""
+CLOCKS_DIFFER_S = 60.0
+"""A moment further ahead than this is no difference of clocks: one was set back, and the moment tells nothing."""
 
 
 class Kind(StrEnum):
@@ -89,9 +91,13 @@ class Offer:
         """The source's name, with the generation where it keeps several."""
         return f"{self.source.name} {self.copy.generation}" if self.copy else self.source.name
 
-    def age_s(self, now: datetime) -> float:
-        """How long before `now` the moment was that it shows: the RPO that choosing it pays."""
-        return max(0.0, (now - moment(self.as_of)).total_seconds())
+    def age_s(self, now: datetime) -> float | None:
+        """How long before `now` the moment was that it shows: the RPO that choosing it pays.
+
+        None where that moment is still to come.
+        """
+        seconds = (now - moment(self.as_of)).total_seconds()
+        return None if seconds < -CLOCKS_DIFFER_S else max(0.0, seconds)
 
 
 @dataclass(eq=False, slots=True)
@@ -439,7 +445,10 @@ def _choice(company: str, sources: Sequence[Source], primary: Source | None) -> 
 def _later(best: Offer, other: Offer, now: datetime) -> str:
     if other.source.kind is Kind.CACHE:
         return "it holds no keys"
-    older_s = other.age_s(now) - best.age_s(now)
+    ages = other.age_s(now), best.age_s(now)
+    if ages[0] is None:
+        return "of unknown age: its time is still to come"
+    older_s = ages[0] - (ages[1] or 0.0)
     if older_s > 0:
         return f"{older_s:,.0f} s older"
     return "its newest row is older" if moment(other.newest_at or "") < moment(best.newest_at or "") else "as good"

@@ -23,7 +23,7 @@ from opsctl.baileys import credentials
 from opsctl.baileys.filenames import CREDS_FILE, UnwritableName, folder_name, key_file_name
 from opsctl.baileys.key_types import KNOWN, ExpiryPolicy
 from opsctl.errors import AlreadyRunning, DatabaseUnavailable, HalfDone, OpsctlError, Refused
-from opsctl.operations.sources import moment
+from opsctl.operations.sources import CLOCKS_DIFFER_S, moment
 from opsctl.report import Column, Failure, Report
 from opsctl.retry import repeatable
 from opsctl.stores.folder import entries_of, opened, read_file
@@ -55,7 +55,6 @@ _EVERY_ONE = 5
 _SWITCHING = timedelta(minutes=15)
 """A switch that takes longer was left in the middle."""
 _CLOCK_TOLERANCE = timedelta(seconds=1)
-_CLOCKS_DIFFER = timedelta(minutes=1)
 _BATCH_COMPANIES, _BATCH_FILES = 100, 50_000
 _VERIFY_RUNS = 1440
 """In how many runs every copy is read back once: a day's, at a run a minute."""
@@ -874,7 +873,7 @@ def _status_row(standby: Standby, copy: Copy, max_age: timedelta, now: datetime)
         state = "damaged"
     elif copy.held is not None:
         state = "held"
-    elif age_s is None or age_s < -_CLOCKS_DIFFER.total_seconds():
+    elif age_s is None or age_s < -CLOCKS_DIFFER_S:
         state = _OF_UNKNOWN_AGE
     elif age_s > max_age.total_seconds():
         state = "too old"

@@ -970,6 +970,10 @@ def test_a_copy_of_a_time_still_to_come_is_of_unknown_age_until_the_next_sync(sy
     assert done.returncode == 1, done
     assert {row["state"] for row in rows_of(done).values()} == {"of unknown age"}
     assert done.json()["facts"]["rpo_s"] is None
+    restored = synced.fleet.restore("--source", "standby", "--json")
+    assert restored.returncode == 0, restored
+    assert {row["rpo_s"] for row in restored.json()["rows"]} == {None}
+    assert "(nobody knows when: a clock was set back) is missing" in " ".join(restored.json()["warnings"])
     assert synced.synced().exit_code == 0
     done = synced.status("--json")
     assert done.returncode == 0, done
