@@ -320,7 +320,7 @@ def test_a_full_disk_leaves_the_old_cache_whole(app: Fleet) -> None:
     assert done.stderr.split()[-2:] == [b".baileys-cache.json", b"filler"]
 
 
-def test_ten_thousand_fuzzed_files_of_complete_creds_held_against_the_database_give_no_traceback_and_no_secret(
+def test_two_thousand_fuzzed_files_of_complete_creds_held_against_the_database_give_no_traceback_and_no_secret(
     app: Fleet,
 ) -> None:
     whole = file_of(app).read_bytes()
@@ -333,14 +333,14 @@ def test_ten_thousand_fuzzed_files_of_complete_creds_held_against_the_database_g
     path = app.place / "fuzzed.json"
     source = random.Random(7)
     seen: set[str] = set()
-    for _ in range(10_000):
+    for _ in range(2_000):
         path.write_bytes(mutated(whole, source))
         try:
             report = inspect_cache(
                 path,
                 ttl=timedelta(minutes=5),
                 companies=(),
-                open_snapshot=lambda: nullcontext(SimpleNamespace(all_creds=lambda: theirs)),  # type: ignore[arg-type] # asked once, not 10,000 times
+                open_snapshot=lambda: nullcontext(SimpleNamespace(all_creds=lambda: theirs)),  # type: ignore[arg-type] # asked once, not 2,000 times
                 journal=Journal(),
             )
         except OpsctlError as error:
