@@ -320,7 +320,7 @@ def test_a_signal_is_answered_at_once_while_the_server_is_frozen(
         _, stderr = process.communicate(timeout=20)
         took = time.monotonic() - started
     assert process.returncode == code, stderr
-    assert took < 1, took
+    assert took < 2, took  # nobody waits for the server, which is given up after 5 s; a busy machine takes one to end
     assert "Traceback" not in stderr
 
 

@@ -311,9 +311,9 @@ def test_a_resolver_that_hangs_for_all_receivers_adds_two_seconds_in_all(
 
 
 def test_receivers_that_refuse_fail_or_are_slow_add_two_seconds_in_all(machine: Machine, recorder: Recorder) -> None:
-    assert added_seconds(machine, **everybody(f"http://127.0.0.1:{free_port()}")) < 1.5
+    assert added_seconds(machine, **everybody(f"http://127.0.0.1:{free_port()}")) <= 2
     recorder.status = 500
-    assert added_seconds(machine, **everybody(recorder.url)) < 1.5
+    assert added_seconds(machine, **everybody(recorder.url)) <= 2
     recorder.received.clear()
     recorder.status = 200
     assert delivered_later(machine, recorder)
