@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import gc
 import importlib
 import itertools
 import json
@@ -102,6 +103,8 @@ def forks(folder: Path) -> Iterator[Forks]:
 def _serve(address: str) -> None:
     """Until stdin ends."""
     _import_all()
+    gc.freeze()  # else each run goes through all of it again, and copies the pages
+    gc.set_threshold(50_000)  # as opsctl/__main__.py does
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(address)
@@ -124,11 +127,14 @@ def _import_all() -> None:
     import multiprocessing.popen_fork  # noqa: F401
 
     import certifi  # noqa: F401
+    import cryptography.hazmat.backends.openssl  # noqa: F401
+    import rich._emoji_codes
     import rich.progress
     import rich.table  # noqa: F401
     import sentry_sdk.envelope
     import sentry_sdk.utils  # noqa: F401
     import tenacity  # noqa: F401
+    import typer._adapters  # noqa: F401 - pydantic
     import urllib3  # noqa: F401
 
     import opsctl
