@@ -48,7 +48,8 @@ SPLIT_TYPES = frozenset({"app", "lid", "pre", "sender"})
 """What an early migration made of `app-state-sync-key` and others: the part before the first hyphen."""
 
 _BEGIN: LiteralString = (
-    "BEGIN READ ONLY; SET LOCAL statement_timeout = '2s'; SET LOCAL lock_timeout = '500ms'; SET LOCAL jit = off"
+    "BEGIN READ ONLY; SET LOCAL statement_timeout = '2s'; SET LOCAL lock_timeout = '500ms'; SET LOCAL jit = off; "
+    "SET LOCAL min_parallel_table_scan_size = '256MB'"  # below it, workers take longer to start than they save
 )
 
 
