@@ -191,6 +191,8 @@ def find(open_connection: OpenConnection, wish: Wish, *, journal: Journal, namin
             companies=wish.companies or None,
             **_exceptions(opened, connection, wish),
         )
+        if not wish.pause_ratio:  # nobody is to be spared
+            connection.execute("SET LOCAL max_parallel_workers_per_gather TO DEFAULT")
         census = tuple(keys.take_census(connection, expiry))
         unknown = sorted(set(wish.companies) - {row.company_id for row in census})
         if unknown:
