@@ -16,6 +16,7 @@ import queue
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
 
+from opsctl.baileys import credentials
 from opsctl.errors import OpsctlError, Refused, SourceUnavailable
 from opsctl.stores.folder import Contents, Holding, contents, opened
 from opsctl.stores.lanes import ABORT, END, Failed, Lane, Lanes, die_with_parent
@@ -116,6 +117,7 @@ class Writers:
         self._lanes.__exit__()
 
     def _serve(self, connection: Connection[Any, Any]) -> None:
+        _import_the_rest()
         _become(self._workplace.owner)
         _Writer(connection, self._workplace).run()
 
@@ -163,6 +165,15 @@ def _failure(failed: Failed, workplace: Workplace) -> OpsctlError:
             f"{workplace.owner.name} cannot write or read in {path}", hint="check the owner and mode of its parents"
         )
     return OpsctlError(f"writing the files failed: {failed.what}")
+
+
+def _import_the_rest() -> None:
+    """What is imported where it is used: once it is the owner, a process may not be able to read this program's files.
+
+    A program below root's home is such a case.
+    """
+    credentials.key_pair_matches(bytes(32), b"")
+    credentials.verify_signature(bytes(32), b"", bytes(64))
 
 
 def _become(owner: Owner) -> None:

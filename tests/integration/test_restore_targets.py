@@ -286,6 +286,35 @@ def test_files_that_the_owner_could_not_read_under_that_path_are_not_written(fle
     fleet.refused(5, f"nobody cannot write or read in {fleet.target}", "--owner", "nobody", *words)
 
 
+INSTALLED_BELOW_ROOTS_HOME = """
+import os, sys
+class Unreadable:
+    def find_spec(name, path, target=None):
+        if os.geteuid() != 0:
+            raise ModuleNotFoundError(f"No module named {name!r}")
+sys.meta_path.insert(0, Unreadable)
+from opsctl.cli import main
+sys.argv[0] = "opsctl"
+sys.exit(main())
+"""
+
+
+@needs.root()
+@pytest.mark.parametrize("words", [[], ["--dry-run"]])
+def test_the_owner_need_not_be_able_to_read_where_opsctl_is_installed(fleet: Fleet, words: list[str]) -> None:
+    fleet.key("session", "float.0", '{"number": 1.5}')
+    line = ("sessions", "restore", "--to", str(fleet.target), "--owner", "nobody", "--service-stopped", *words)
+    done = subprocess.run(
+        [sys.executable, "-c", INSTALLED_BELOW_ROOTS_HOME, *line],
+        env={"PATH": os.environ["PATH"], "PYTHONPATH": str(REPOSITORY), "HOME": str(fleet.place), **fleet.env},
+        cwd="/",
+        text=True,
+        capture_output=True,
+        check=False,
+    )
+    assert done.returncode == 0, done
+
+
 AS_NOBODY = """
 import codecs, os, pwd, sys
 import dotenv.parser, rich.box, rich.console, rich.table, tenacity
