@@ -15,6 +15,7 @@ import pytest
 from psycopg.conninfo import conninfo_to_dict
 from psycopg.sql import SQL, Identifier
 
+from opsctl.__main__ import COLLECT_AFTER
 from opsctl.embedded import EmbeddedServer, embedded_server
 from opsctl.operations.fleet import create_schema
 from tests import needs
@@ -41,7 +42,7 @@ def debian_postgres_bin() -> Path | None:
 def pytest_collection_finish() -> None:
     """What was imported and collected stays to the end: going through it again and again takes a tenth of the time."""
     gc.freeze()
-    gc.set_threshold(50_000)
+    gc.set_threshold(COLLECT_AFTER)
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from opsctl.__main__ import COLLECT_AFTER
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
@@ -104,7 +106,7 @@ def _serve(address: str) -> None:
     """Until stdin ends."""
     _import_all()
     gc.freeze()  # else each run goes through all of it again, and copies the pages
-    gc.set_threshold(50_000)  # as opsctl/__main__.py does
+    gc.set_threshold(COLLECT_AFTER)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(address)
