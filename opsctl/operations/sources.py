@@ -445,10 +445,10 @@ def _choice(company: str, sources: Sequence[Source], primary: Source | None) -> 
 def _later(best: Offer, other: Offer, now: datetime) -> str:
     if other.source.kind is Kind.CACHE:
         return "it holds no keys"
-    ages = other.age_s(now), best.age_s(now)
-    if ages[0] is None:
-        return "of unknown age: its time is still to come"
-    older_s = ages[0] - (ages[1] or 0.0)
+    age_s, best_age_s = other.age_s(now), best.age_s(now)
+    if age_s is None or best_age_s is None:
+        return "nobody knows which is older: a clock was set back"
+    older_s = age_s - best_age_s
     if older_s > 0:
         return f"{older_s:,.0f} s older"
     return "its newest row is older" if moment(other.newest_at or "") < moment(best.newest_at or "") else "as good"

@@ -56,6 +56,16 @@ def test_of_one_history_the_later_moment_wins() -> None:
     assert order(standby, up_to_date) == ["replica", "standby"]
 
 
+@pytest.mark.parametrize(("ahead_s", "reason"), [(30, "40 s older"), (3600, "nobody knows which is older: a clock")])
+def test_of_a_moment_still_to_come_nobody_knows_the_age(ahead_s: int, reason: str) -> None:
+    """Half a minute is only the difference of two clocks."""
+    ahead = source(Kind.STANDBY, as_of=ago(seconds=-ahead_s), newest_at=ago(minutes=2))
+    lagging = source(Kind.REPLICA, as_of=ago(seconds=40), newest_at=ago(minutes=2), in_recovery=True)
+    found = chosen(lagging, ahead)
+    assert found.offers[0].age_s(NOW) == (0.0 if ahead_s == 30 else None)
+    assert found.reasons[0].startswith(f"replica: {reason}")
+
+
 def test_of_two_histories_the_one_with_the_newer_row_wins() -> None:
     """A lagging replica was promoted: it answers as a primary, and has less than the copy of the old one."""
     promoted = source(Kind.DATABASE, timeline=2, newest_at=ago(minutes=30))
