@@ -144,7 +144,7 @@ class Rewriting:
             written = db.rows(
                 self._connection, query("put_company_keys"), _Kept, company_id=self._company, rows=rows_json
             )
-            self._keep(b"".join(_archived(_KEYS, old=_line(before, new), new=new.line) for new in written))
+            self._keep(b"".join(_archived(_KEYS, old=_old_line(before, new), new=new.line) for new in written))
 
     def put_creds(self, creds: str, updated_at: str | None) -> None:
         """Write the credentials; without a time, now."""
@@ -190,7 +190,7 @@ def rewriting(connection: db.Connection, archive: Archive, company_id: str) -> I
         raise db.translated(error) from None
 
 
-def _line(before: Mapping[tuple[str, str], _Taken], row: _Kept) -> str | None:
+def _old_line(before: Mapping[tuple[str, str], _Taken], row: _Kept) -> str | None:
     """The row in whose place another comes."""
     old = before.get((row.key_type, row.key_id))
     return old.line if old else None

@@ -460,7 +460,7 @@ def test_pm2_runs_a_job_once_and_gives_it_the_time_to_tidy_up(machine: Machine, 
     assert eventually(lambda: len(ran.read_text().split()) >= len(JOBS))
     pm2_daemon("stop", "opsctl-keys-cleanup")  # which is what it does with one that is due again
     assert tidied.exists()
-    # Those two are due once a day and once a week; of the others a minute may begin meanwhile.
+    # Those two are due once a day and once a month; the others' minute may begin meanwhile.
     runs = Counter(ran.read_text().split())
     assert (set(runs), runs["keys"], runs["drill"]) == ({"db", "drill", "keys", "standby"}, 1, 1)
     entries = [entry["pm2_env"] for entry in json.loads(pm2_daemon("jlist"))]
