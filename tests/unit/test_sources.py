@@ -59,10 +59,12 @@ def test_of_one_history_the_later_moment_wins() -> None:
 @pytest.mark.parametrize(("ahead_s", "reason"), [(30, "40 s older"), (3600, "nobody knows which is older: a clock")])
 def test_of_a_moment_still_to_come_nobody_knows_the_age(ahead_s: int, reason: str) -> None:
     """Half a minute is only the difference of two clocks."""
-    ahead = source(Kind.STANDBY, as_of=ago(seconds=-ahead_s), newest_at=ago(minutes=2))
-    lagging = source(Kind.REPLICA, as_of=ago(seconds=40), newest_at=ago(minutes=2), in_recovery=True)
+    now = datetime.now(UTC)
+    ahead = source(Kind.STANDBY, as_of=(now + timedelta(seconds=ahead_s)).isoformat(), newest_at=ago(minutes=2))
+    behind_at = (now - timedelta(seconds=40)).isoformat()
+    lagging = source(Kind.REPLICA, as_of=behind_at, newest_at=ago(minutes=2), in_recovery=True)
     found = chosen(lagging, ahead)
-    assert found.offers[0].age_s(NOW) == (0.0 if ahead_s == 30 else None)
+    assert found.offers[0].age_s(now) == (0.0 if ahead_s == 30 else None)
     assert found.reasons[0].startswith(f"replica: {reason}")
 
 
