@@ -16,8 +16,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import typer
 
 import opsctl
+from opsctl.cli import frame
 from tests import needs
 
 if TYPE_CHECKING:
@@ -676,3 +678,21 @@ def test_ctrl_c_while_it_starts_ends_it_without_a_traceback(tmp_path: Path) -> N
     process.send_signal(signal.SIGINT)
     _, stderr = process.communicate(timeout=10)
     assert (process.returncode, stderr) == (-signal.SIGINT, "")
+
+
+def test_only_the_group_that_is_typed_is_built() -> None:
+    """Typer takes as long for the whole tree as most commands run."""
+    app, plain, broken = typer.Typer(), typer.Typer(), typer.Typer()
+    app.add_typer(plain, name="plain")
+    app.add_typer(broken, name="broken")
+    plain.command("look")(lambda: None)
+    plain.callback()(lambda: None)
+
+    def unbuildable() -> None:
+        """Of a type that nobody finds, which Typer says as soon as it builds the command."""
+
+    unbuildable.__annotations__["return"] = "NoSuchType"
+    broken.command()(unbuildable)
+    assert frame.main(app, ["plain", "look"]) == 0
+    assert frame.main(app, ["broken", "unbuildable"]) == 70
+    assert frame.main(app, []) == 70
