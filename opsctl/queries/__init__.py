@@ -6,8 +6,10 @@ A condition that several statements must agree on has a file of its own: `<expir
 from __future__ import annotations
 
 from functools import cache
-from importlib.resources import files
+from pathlib import Path
 from typing import LiteralString
+
+_HERE = Path(__file__).parent
 
 
 @cache
@@ -16,6 +18,7 @@ def query(name: str) -> LiteralString:
     return _text(f"{name}.sql").replace("<expired>", _text("expired.condition").strip())
 
 
+@cache
 def _text(name: str) -> LiteralString:
-    text: LiteralString = files(__name__).joinpath(name).read_text(encoding="utf-8")
+    text: LiteralString = (_HERE / name).read_text(encoding="utf-8")
     return text
