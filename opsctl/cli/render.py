@@ -169,6 +169,7 @@ def _drawn(table: Table) -> str:
         color_system=None if os.environ.get("NO_COLOR") else "auto",
         width=None if to_terminal else 200,
         markup=False,
+        emoji=False,
         highlight=False,
         legacy_windows=False,
     )
