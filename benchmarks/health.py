@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 COMPANIES, KEYS, ROUNDS, MANY = 20, 2_317, 11, 1_000_000
 LIMIT_MS, QUERIES_LIMIT_MS = 150.0, 50.0
 IMPORTS = (
-    "import opsctl.cli, opsctl.cli.watch, opsctl.jobs, opsctl.operations.health, opsctl.settings, opsctl.state, psycopg,"
-    " rich.table, rich.console, rich.text, rich.box, dotenv.parser, tenacity"
+    "import opsctl.cli, opsctl.cli.watch, opsctl.jobs, opsctl.operations.health, opsctl.settings, opsctl.state,"
+    " psycopg, rich.table, rich.console, rich.text, rich.box, dotenv.parser, tenacity"
 )
 MORE_KEYS = """
 INSERT INTO whatsapp_keys (company_id, key_type, key_id, value, updated_at)

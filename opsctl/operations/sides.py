@@ -197,21 +197,23 @@ class Sides:
 
     def take(self, lines: bytes) -> None:
         """Rows in COPY's text format, with their line breaks."""
+        published, files, same = self._published_rows, self._files, []
         for line in lines.splitlines():
-            name = self._published_rows.get(row_digest(line))
-            if name is not None and self._files.get(name) is _UNTOUCHED:
-                self._took_published(name)
+            name = published.get(row_digest(line))
+            if name is not None and files.get(name) is _UNTOUCHED:
+                del files[name]
+                same.append(self._entries[name])
             else:
                 self._take(line)
+        self._took_published(same)
 
-    def _took_published(self, name: str) -> None:
-        """A row and a file that are both to the byte as they were published, which nearly all are."""
-        entry = self._entries[name]
-        self._forms[entry.form] += 1
-        if entry.key_type == "pre-key":
-            self._saw_pre_key(entry.key_id)
-        del self._files[name]
-        self._unchanged += 1
+    def _took_published(self, same: list[FileEntry]) -> None:
+        """Rows that are, as their files, to the byte as they were published, which nearly all are."""
+        self._unchanged += len(same)
+        self._forms.update([entry.form for entry in same])
+        for entry in same:
+            if entry.key_type == "pre-key":
+                self._saw_pre_key(entry.key_id)
 
     def _take(self, line: bytes) -> None:
         key_type, key_id, value, updated_at, _, _ = parse_row(line)

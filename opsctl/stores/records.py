@@ -10,12 +10,13 @@ from __future__ import annotations
 import re
 from dataclasses import asdict, dataclass
 from hashlib import blake2b
+from operator import itemgetter
 from typing import TYPE_CHECKING, NamedTuple
 
 import orjson
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable, Iterator, Sequence
 
 MANIFEST_SCHEMA = "opsctl-manifest/1"
 _END = b"}}\n"
@@ -85,6 +86,9 @@ class Origin:
 _SHA256, _ROW = re.compile("[0-9a-f]{64}"), re.compile("[0-9a-f]{32}")
 _NO_ROW = "0" * 32
 _FIELDS = ("sha256", "type", "id", "form", "updated_at", "expires_at", "row")
+_fields_of = itemgetter(*_FIELDS)
+_AT_ONCE = 100
+"""Lines of a manifest that are parsed together."""
 
 
 def row_digest(line: bytes) -> bytes:
@@ -147,21 +151,31 @@ def read_manifest(data: Iterable[bytes]) -> tuple[Origin, Iterator[tuple[str, Fi
 
 
 def _files(lines: Iterator[bytes]) -> Iterator[tuple[str, FileEntry]]:
+    some: list[bytes] = []
     for line in lines:
         if line == _END:
+            yield from _parsed(some)
             return
-        try:
-            ((name, fields),) = orjson.loads(b"{" + line.rstrip(b",\n") + b"}").items()
-            entry = FileEntry(*map(fields.__getitem__, _FIELDS))
-            digest, row = entry.sha256, entry.row
-        except (orjson.JSONDecodeError, KeyError, TypeError, ValueError, AttributeError):
-            raise ManifestDamaged("a line of it cannot be read") from None
-        if not (isinstance(digest, str) and _SHA256.fullmatch(digest)):
-            raise ManifestDamaged("a digest in it is none")
-        if row is not None and not (isinstance(row, str) and _ROW.fullmatch(row)):
-            raise ManifestDamaged("a row's digest in it is none")
-        yield name, entry
+        some.append(line)
+        if len(some) == _AT_ONCE:
+            yield from _parsed(some)
+            some.clear()
     raise ManifestDamaged("its end is missing")
+
+
+def _parsed(lines: Sequence[bytes]) -> Iterator[tuple[str, FileEntry]]:
+    """The files of some lines: parsed one by one they take half as long again."""
+    try:
+        for name, fields in orjson.loads(b"{%b}" % b"".join(lines).rstrip(b",\n")).items():
+            entry = FileEntry._make(_fields_of(fields))
+            digest, row = entry.sha256, entry.row
+            if not (isinstance(digest, str) and _SHA256.fullmatch(digest)):
+                raise ManifestDamaged("a digest in it is none")
+            if row is not None and not (isinstance(row, str) and _ROW.fullmatch(row)):
+                raise ManifestDamaged("a row's digest in it is none")
+            yield name, entry
+    except (orjson.JSONDecodeError, KeyError, TypeError):
+        raise ManifestDamaged("a line of it cannot be read") from None
 
 
 _DIGEST = re.compile(rb'"([^"\\]+)":\{"sha256":"([0-9a-f]{64})",')
