@@ -50,6 +50,8 @@ class Health:
     at: str
     """When the checks ended, ISO 8601 in UTC."""
     failure: Failure | None = None
+    answered: bool = True
+    """Whether the database did, to the end."""
 
     @property
     def worst(self) -> State:
@@ -62,6 +64,7 @@ def examine(settings: Settings, *, only: Collection[Group] = (), budget_s: float
     started = time.monotonic()
     rows: list[HealthRow] = []
     failure = None
+    answered = True
     asking_s = 0.0
     checks = [check for check in DATABASE_CHECKS if not only or check.group in only]
     if checks:
@@ -72,9 +75,11 @@ def examine(settings: Settings, *, only: Collection[Group] = (), budget_s: float
                 for check in checks:
                     rows += _looked(check, server)
                 asking_s = server.asking_s
-                if server.connection.closed:
+                answered = not server.connection.closed
+                if not answered:
                     rows = _stopped_answering(rows, in_time=time.monotonic() < connection.give_up_at)
         except DatabaseUnavailable as error:
+            answered = False
             failure = Failure(error.kind, error.message, error.hint, error.runbook)
             rows.insert(0, HealthRow("reply", Group.REACH, State.CRITICAL, error.message, action=error.hint))
     for local in LOCAL_CHECKS:
@@ -83,7 +88,7 @@ def examine(settings: Settings, *, only: Collection[Group] = (), budget_s: float
     order = list(Group)
     rows.sort(key=lambda row: order.index(row.group))
     at = datetime.now(UTC).isoformat(timespec="seconds")
-    return Health(tuple(rows), asking_s, time.monotonic() - started, at, failure)
+    return Health(tuple(rows), asking_s, time.monotonic() - started, at, failure, answered)
 
 
 def _stopped_answering(rows: Sequence[HealthRow], *, in_time: bool) -> list[HealthRow]:

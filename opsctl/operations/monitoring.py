@@ -69,7 +69,7 @@ def write_metrics(health: Health, file: Path) -> None:
         for state, limit in ((State.WARNING, row.warning), (State.CRITICAL, row.critical)):
             if limit is not None:
                 limits.labels(row.check, row.group.value, state.value).set(limit)
-    Gauge("opsctl_health_up", "1 if the database answered", registry=registry).set(health.failure is None)
+    Gauge("opsctl_health_up", "1 if the database answered, to the end", registry=registry).set(health.answered)
     Gauge("opsctl_health_duration_seconds", "How long all checks took", registry=registry).set(health.elapsed_s)
     Gauge("opsctl_health_timestamp_seconds", "When they ended", registry=registry).set(time.time())
     try:

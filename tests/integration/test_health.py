@@ -629,6 +629,8 @@ def test_a_server_that_freezes_in_the_middle_is_critical_and_costs_no_more_than_
             assert health.report(seen).exit_code == 1
             answer = monitoring.plugin(seen)
             assert (answer.code, answer.line[:24]) == (2, "OPSCTL CRITICAL: reply: ")
+            monitoring.write_metrics(seen, tmp_path / "opsctl.prom")
+            assert "opsctl_health_up 0.0" in (tmp_path / "opsctl.prom").read_text()
 
 
 # Replication
