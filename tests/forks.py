@@ -140,10 +140,12 @@ def _import_all() -> None:
     import urllib3  # noqa: F401
 
     import opsctl
+    from opsctl.cli import tree
 
     for module in pkgutil.walk_packages(opsctl.__path__, "opsctl."):
         if not module.name.endswith("__main__"):
             importlib.import_module(module.name)
+    tree.exit_codes([])  # builds all commands: each run looks there whether it may end as it did
 
 
 def _answer(connection: socket.socket) -> NoReturn:
