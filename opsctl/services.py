@@ -41,6 +41,8 @@ STAND_STILL_S = 3.0
 _LOOK_EVERY_S = 0.2
 _SOCKET_TIMEOUT_S = 1.0
 _CGROUPS = Path("/sys/fs/cgroup")
+_HIERARCHIES = ("", "unified", "systemd")
+"""Where systemd keeps its groups below that: today, in its hybrid layout, and in the one before."""
 _JOURNAL_LINES = 5000
 
 
@@ -452,10 +454,11 @@ class Systemd:
             state = State.RUNNING
         else:
             state = State.STOPPED if active in {"inactive", "failed"} else State.STARTING
+        left_behind = ", but not all that it started" if pids and active in {"inactive", "failed"} else ""
         return Service(
             name,
             state,
-            f"{active} ({said.get('SubState', '')})",
+            f"{active} ({said.get('SubState', '')}){left_behind}",
             pids,
             since=_epoch(said.get("ExecMainStartTimestamp", "")) if pids else None,
             restarts=next(iter(_number(said.get("NRestarts"), least=0)), None),
@@ -490,9 +493,10 @@ def _control_group(name: str) -> list[int]:
     if not name.startswith("/"):
         return []
     pids: list[int] = []
-    with suppress(OSError):
-        for path in (_CGROUPS / name.lstrip("/")).rglob("cgroup.procs"):
-            pids += map(int, path.read_text(encoding="ascii").split())
+    for hierarchy in _HIERARCHIES:
+        with suppress(OSError):
+            for path in (_CGROUPS / hierarchy / name.lstrip("/")).rglob("cgroup.procs"):
+                pids += map(int, path.read_text(encoding="ascii").split())
     return pids
 
 

@@ -44,6 +44,15 @@ def namespace(kind: Literal["mount", "user"]) -> pytest.MarkDecorator:
     return _mark(there, f"what only root in a {kind} namespace can arrange (read-only mounts, users without account)")
 
 
+@functools.cache
+def systemd() -> pytest.MarkDecorator:
+    """The test boots a systemd of its own, in namespaces."""
+    words = ["unshare", "--mount", "--pid", "--fork", "--cgroup", "--uts", "--ipc", "true"]
+    tried = subprocess.run(words, stderr=subprocess.DEVNULL, check=False)
+    there = os.geteuid() == 0 and tried.returncode == 0 and Path("/lib/systemd/systemd").exists()
+    return _mark(there, "what needs a systemd (the Debian package, and root in namespaces)")
+
+
 def debian(package: str) -> pytest.MarkDecorator:
     """The test runs the program of this Debian package, by its path: `program` has it."""
     return _mark(program(package) is not None, f"what needs the Debian package {package}")

@@ -1,8 +1,4 @@
-"""Which services run, stopping and starting them, and proof: a real PM2, real processes, real logs.
-
-systemd cannot run where these tests do. There a program of ours stands where systemctl would, which answers as
-systemctl(1) does; that systemd itself behaves so is not proven here.
-"""
+"""Which services run, stopping and starting them, and proof: a real PM2, a real systemd, real processes, real logs."""
 
 from __future__ import annotations
 
@@ -24,6 +20,7 @@ from opsctl.services import Service, State
 from opsctl.settings import load
 from tests import needs
 from tests.pm2.door import Pm2, pm2
+from tests.systemd.door import Systemd, systemd
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -224,103 +221,109 @@ def test_root_asks_pm2_as_its_user_and_leaves_nothing_of_roots_behind(monkeypatc
         assert {path.stat().st_uid for path in kept} == {uid}
 
 
-# --- systemd, as far as a program in its place can show ---------------------------------------------------------------
+# --- systemd ----------------------------------------------------------------------------------------------------------
 
 
-SYSTEMCTL = """\
-#!{python}
-import pathlib, sys
-place = pathlib.Path(__file__).parent
-verb, name = sys.argv[1], sys.argv[-1]
-with (place / "asked").open("a") as asked:
-    asked.write(" ".join(sys.argv[1:]) + "\\n")
-unit = place / name
-unknown = "LoadState=not-found\\nActiveState=inactive\\nSubState=dead\\nMainPID=0"
-if verb == "show":
-    print(unit.read_text() if unit.exists() else unknown)
-elif verb == "stop" and name != "stubborn":
-    unit.write_text("LoadState=loaded\\nActiveState=inactive\\nSubState=dead\\nMainPID=0\\n")
-elif verb == "start":
-    unit.write_text("LoadState=loaded\\nActiveState=active\\nSubState=running\\nMainPID=1\\n")
+MANAGER = """
+import json
+from opsctl import services
+from opsctl.errors import HalfDone
+from opsctl.settings import load
+
+def manager(*names):
+    return services.manager(load(environ={"SERVICE_MANAGER": "systemd", "SERVICE_NAMES": ",".join(names)}))
+
+def refusal(act):
+    try:
+        act()
+    except HalfDone as error:
+        return error.message
 """
-JOURNALCTL = """\
-#!/bin/sh
-echo "$@"
-"""
+SLEEP = "[Service]\nExecStart=/bin/sleep 1000\n"
 
 
-def program(path: Path, text: str) -> Path:
-    path.write_text(text.replace("{python}", sys.executable))
-    path.chmod(0o755)
-    return path
+@pytest.fixture(scope="module", params=["unified", "hybrid"])
+def units(request: pytest.FixtureRequest) -> Iterator[Systemd]:
+    with systemd(request.param) as running:
+        yield running
 
 
-@pytest.fixture
-def systemd(tmp_path: Path) -> dict[str, str]:
-    program(tmp_path / "systemctl", SYSTEMCTL)
-    program(tmp_path / "journalctl", JOURNALCTL)
-    return {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SERVICE_MANAGER": "systemd"}
+@needs.systemd()
+def test_what_systemd_says_of_a_unit_is_read(units: Systemd) -> None:
+    for name, text in {
+        "runs": SLEEP,
+        "rests": SLEEP,
+        "failed": "[Service]\nExecStart=/bin/false\n",
+        "masked": SLEEP,
+        "crashes": "[Service]\nExecStart=/bin/false\nRestart=always\nRestartSec=1000\n",
+        "stops": f"{SLEEP}ExecStop=/bin/sleep 1000\n",
+    }.items():
+        units.unit(f"{name}.service", text)
+    units.unit("masked.service", "")  # as `systemctl mask` leaves it
+    units("start", "runs", "stops", "failed", "crashes")
+    units("stop", "--no-block", "stops")
+    seen = units.python(f"""{MANAGER}
+names = "runs", "rests", "failed", "masked", "crashes", "stops", "nobody"
+print(json.dumps({{s.name: [s.state, s.said, len(s.pids)] for s in services.status(manager(*names))}}))
+""")
+    assert seen == {
+        "runs": [State.RUNNING, "active (running)", 1],
+        "rests": [State.STOPPED, "inactive (dead)", 0],
+        "failed": [State.STOPPED, "failed (failed)", 0],
+        "masked": [State.STOPPED, "inactive (dead)", 0],
+        "crashes": [State.STARTING, "activating (auto-restart)", 0],
+        "stops": [State.RUNNING, "deactivating (stop)", 2],
+        "nobody": [State.UNKNOWN, "systemd says not-found", 0],
+    }
+    assert units.python(f"""{MANAGER}
+import os
+os.environ["PATH"] = "/nonexistent"
+(service,) = services.status(manager("runs"))
+print(json.dumps([service.state, service.said]))
+""") == [State.UNKNOWN, "systemctl does not answer"]
 
 
-@pytest.mark.parametrize(
-    ("says", "state", "said"),
-    [
-        ("LoadState=loaded\nActiveState=active\nSubState=running\nMainPID=1", State.RUNNING, "active (running)"),
-        ("LoadState=loaded\nActiveState=inactive\nSubState=dead\nMainPID=0", State.STOPPED, "inactive (dead)"),
-        ("LoadState=loaded\nActiveState=failed\nSubState=failed\nMainPID=0", State.STOPPED, "failed (failed)"),
-        ("LoadState=masked\nActiveState=inactive\nSubState=dead\nMainPID=0", State.STOPPED, "inactive (dead)"),
-        (
-            "LoadState=loaded\nActiveState=activating\nSubState=auto-restart\nMainPID=0",
-            State.STARTING,
-            "activating (auto-restart)",
-        ),
-        ("LoadState=loaded\nActiveState=deactivating\nSubState=stop\nMainPID=7", State.RUNNING, "deactivating (stop)"),
-        (
-            "LoadState=not-found\nActiveState=inactive\nSubState=dead\nMainPID=0",
-            State.UNKNOWN,
-            "systemd says not-found",
-        ),
-        ("", State.UNKNOWN, "systemctl does not answer"),
-    ],
-)
-def test_what_systemctl_shows_is_read(
-    tmp_path: Path, systemd: dict[str, str], monkeypatch: pytest.MonkeyPatch, says: str, state: State, said: str
-) -> None:
-    (tmp_path / SERVICE).write_text(says)
-    (service,) = services.status(configured(monkeypatch, systemd))
-    assert (service.state, service.said) == (state, said)
-
-
-def test_units_are_stopped_and_started_by_name(
-    tmp_path: Path, systemd: dict[str, str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    running = (
-        "LoadState=loaded\nActiveState=active\nSubState=running\nMainPID=1\nNRestarts=3\n"
-        "ExecMainStartTimestamp=Tue 2026-11-24 22:50:01 UTC\n"
-    )
-    (tmp_path / SERVICE).write_text(running)
-    (tmp_path / "stubborn").write_text(running)
-    manager = configured(monkeypatch, systemd)
-    (service,) = services.status(manager)
-    assert service.since is not None
-    assert service.since.isoformat() == "2026-11-24T22:50:01+00:00"
-    assert service.restarts == 3
-    # Process 1 stands for the service's: it goes on, so the stop is not believed.
-    with pytest.raises(HalfDone, match="what it had started still runs"):
-        services.stop(manager, timeout_s=1)
-    assert services.proven_stopped(manager).stopped is True
-    assert services.start(manager)[0].state is State.RUNNING
-    with pytest.raises(HalfDone, match=r"not stopped: stubborn is active \(running\)"):
-        services.stop(configured(monkeypatch, systemd, "stubborn"), timeout_s=1)
-    asked = (tmp_path / "asked").read_text().splitlines()
-    assert f"stop -- {SERVICE}" in asked
-    assert f"start -- {SERVICE}" in asked
-    assert services.last_lines((service,), limit_bytes=1000) == [
-        f"--no-pager --quiet --output=cat --lines=5000 --unit={SERVICE}"
-    ]
+@needs.systemd()
+def test_a_unit_is_stopped_down_to_what_it_has_started(units: Systemd) -> None:
+    units.unit("wa.service", "[Service]\nExecStart=/bin/sh -c 'echo up; sleep 1000 & exec sleep 1000'\n")
+    units.unit("leaves.service", "[Service]\nKillMode=process\nExecStart=/bin/sh -c 'sleep 1000 & exec sleep 1000'\n")
+    units.unit("stubborn.service", "[Service]\nExecStart=/bin/sh -c 'trap : TERM; while :; do sleep 0.1; done'\n")
+    units("start", "wa", "leaves", "stubborn")
+    said = units.python(f"""{MANAGER}
+import time
+wa = manager("wa")
+(before,) = services.status(wa)
+said = {{"pids": len(before.pids), "age_s": time.time() - before.since.timestamp(), "restarts": before.restarts}}
+said["proof of a running one"] = services.proven_stopped(wa).stopped
+(stopped,) = services.stop(wa)
+said["stopped"] = [stopped.state, services.proven_stopped(wa).stopped, [services._started_at(p) for p in before.pids]]
+(started,) = services.start(wa)
+said["started"] = [started.state, started.pids != before.pids]
+said["logged"] = services.last_lines((started,), limit_bytes=1000)
+said["leaves"] = refusal(lambda: services.stop(manager("leaves"), timeout_s=2))
+said["stubborn"] = refusal(lambda: services.stop(manager("stubborn"), timeout_s=1))
+print(json.dumps(said))
+""")
+    assert 0 <= said.pop("age_s") < 60
+    assert said.pop("leaves").startswith("not stopped: leaves is inactive (dead), but not all that it started (pid ")
+    assert said.pop("stubborn").startswith("not stopped: stubborn is deactivating (stop-sigterm) (pid ")
+    assert said == {
+        "pids": 2,
+        "restarts": 0,
+        "proof of a running one": False,
+        "stopped": [State.STOPPED, True, [None, None]],
+        "started": [State.RUNNING, True],
+        "logged": ["up", "up"],
+    }
 
 
 # --- the operator's own commands --------------------------------------------------------------------------------------
+
+
+def program(path: Path, text: str) -> Path:
+    path.write_text(text)
+    path.chmod(0o755)
+    return path
 
 
 STATUS = """\
