@@ -269,6 +269,7 @@ def as_nobody(fleet: Fleet, *words: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@needs.readable()
 @needs.root()
 def test_a_cache_that_this_user_may_not_read_is_named(app: Fleet) -> None:
     with unchanged(app.place):

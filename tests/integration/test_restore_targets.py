@@ -335,6 +335,7 @@ def run_as_nobody(fleet: Fleet, *words: str) -> tuple[int, str]:
     return done.returncode, done.stderr
 
 
+@needs.readable()
 @needs.root()
 @pytest.mark.parametrize("words", [[], ["--dry-run"]])
 def test_only_root_restores_for_somebody_else_or_into_what_it_may_not_write(fleet: Fleet, words: list[str]) -> None:

@@ -44,6 +44,7 @@ class Pm2:
             ["pm2", *words],
             env={"PATH": self.path, "HOME": str(self.home), "PM2_HOME": str(self.home), **(env or {})},
             user=self.user,
+            cwd=self.home,  # it may be that the user cannot enter the folder that the tests run in
             capture_output=True,
             text=True,
             timeout=60,

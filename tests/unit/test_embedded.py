@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib.util
 import shutil
 import signal
 import stat
@@ -238,8 +239,10 @@ def test_a_private_folder_of_root_stays_private(scratch: Path) -> None:
 
 @needs.root()
 def test_programs_that_nobody_can_reach_are_copied(scratch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with embedded_server(scratch) as server:
-        wheel = server.bin_dir.parents[1]
+    spec = importlib.util.find_spec(embedded.WHEEL_PACKAGE)
+    assert spec is not None
+    assert spec.origin is not None
+    wheel = Path(spec.origin).parent
     site = scratch / "site"
     shutil.copytree(wheel / "pginstall18", site / wheel.name / "pginstall18", symlinks=True)
     shutil.copytree(f"{wheel}.libs", site / f"{wheel.name}.libs")
