@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from opsctl.embedded import EmbeddedServer
-    from tests.switch.rig import Rig
+    from tests.switch.rig import OnPm2
 
 COMPANIES, EVERY_MS = 3, 1_000
 ON_THE_PAGES = "962302"
@@ -55,7 +55,7 @@ class Walk:
     """One person in a shell."""
 
     server: EmbeddedServer
-    rig: Rig
+    rig: OnPm2
     wrong: list[str] = field(default_factory=list)
     printed: str = ""
     logged: int = 0

@@ -337,8 +337,10 @@ class _MovesSystemd:
             if path.exists():
                 continue
             text = self._drop_in(name)
+            flags = "".join(f"{flag}={shlex.quote(value)}\n" for flag, value in self.move.flags.items())
             try:
                 path.parent.mkdir(mode=0o755, exist_ok=True)
+                path.with_suffix(".env").write_text(flags, encoding="utf-8")
                 new = path.with_suffix(".new")
                 new.write_text(text, encoding="utf-8")
                 new.replace(path)
@@ -351,6 +353,7 @@ class _MovesSystemd:
             path = self._path(name)
             with suppress(OSError):
                 path.unlink(missing_ok=True)
+                path.with_suffix(".env").unlink(missing_ok=True)
                 path.parent.rmdir()
             if path.exists():
                 raise HalfDone(f"{path} cannot be removed", kind="not-moved", hint=f"rm {path}")
@@ -386,10 +389,10 @@ class _MovesSystemd:
         lines = ["# Written by opsctl: the service runs on its session folders. `opsctl sessions failback` removes it."]
         lines += ["[Service]", f"WorkingDirectory={self.move.fallback_dir}", "ExecStart="]
         lines += [f"ExecStart={line}" for line in moved]
-        # A later file wins over an earlier one, and every file over Environment.
+        # A later file wins over an earlier one, and every file over Environment. The flags have one of their own: to
+        # systemd a comment behind a value, which the service may skip, is a part of it.
         lines += ["EnvironmentFile=", *(f"EnvironmentFile={path}" for path in files)]
-        lines.append(f"EnvironmentFile={self.move.env_file}")
-        lines += [f"Environment={shlex.quote(f'{name}={value}')}" for name, value in self.move.flags.items()]
+        lines += [f"EnvironmentFile={path}" for path in (self.move.env_file, self._path(name).with_suffix(".env"))]
         return "\n".join(lines) + "\n"
 
 

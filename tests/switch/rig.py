@@ -1,8 +1,9 @@
-"""An installation to be switched: a git repository, a service on real Baileys under a real PM2, and its contacts."""
+"""An installation to be switched: git, a service on real Baileys under a real PM2 or systemd, and its contacts."""
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import socket
 import subprocess
@@ -10,14 +11,15 @@ import sys
 import time
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import psycopg
 
 import opsctl
-from tests.baileys.door import install, node
+from tests.baileys.door import install, link_programs, node
 from tests.conftest import Finished
 from tests.pm2.door import Pm2, pm2
+from tests.systemd.door import Systemd, systemd
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -88,18 +90,23 @@ def world(programs: Path, companies: int, *, every_ms: int) -> Iterator[World]:
 
 
 class Rig:
-    """One installation, with its folders below `place`."""
+    """One installation, with its folders below `place`.
 
-    def __init__(self, place: Path, url: str, manager: Pm2, life: World) -> None:
+    `settings` are those of its service manager, and the PATH on which opsctl finds it.
+    """
+
+    inside: tuple[str, ...] = ()
+    """What is typed before `opsctl`, where only that sees the services."""
+
+    def __init__(self, place: Path, url: str, life: World, settings: Mapping[str, str]) -> None:
         self.place = place
         self.url = url
-        self.pm2 = manager
         self.world = life
         self.app = place / "app"
         self.fallback = place / "fallback"
         self.sessions = self.app / "baileys_sessions"
         self.env: dict[str, str] = {
-            "PATH": manager.path,
+            **settings,
             "PYTHONPATH": str(Path(opsctl.__file__).parents[1]),
             "HOME": str(place / "home"),
             "OPSCTL_STATE_DIR": str(place / "state"),
@@ -107,8 +114,6 @@ class Rig:
             "APP_DIR": str(self.app),
             "FALLBACK_DIR": str(self.fallback),
             "FALLBACK_DRY_BOOT_COMMAND": "node service.mjs",
-            "SERVICE_MANAGER": "pm2",
-            "PM2_HOME": str(manager.home),
             "SERVICE_NAMES": SERVICE,
             "CONNECT_TIMEOUT_SECONDS": "20",
             "CONNECT_WATCH_SECONDS": "1",
@@ -168,20 +173,9 @@ class Rig:
                         [company, key_type, key_id, value],
                     )
 
-    def start(self, **env: str) -> None:
-        self.pm2(
-            "start",
-            self.app / "service.mjs",
-            "--name",
-            SERVICE,
-            "--cwd",
-            self.app,
-            env={"USE_DATABASE_AUTH_STATE": "true", **env},
-        )
-
     def opsctl(self, *words: str | Path, env: Mapping[str, str] | None = None, timeout: float = 120) -> Finished:
         done = subprocess.run(
-            [sys.executable, "-m", "opsctl", *words],
+            [*self.inside, sys.executable, "-m", "opsctl", *words],
             env={**self.env, **(env or {})},
             cwd=self.place,
             capture_output=True,
@@ -204,6 +198,25 @@ class Rig:
 
     def failback(self, *words: str, env: Mapping[str, str] | None = None) -> Finished:
         return self.opsctl("sessions", "failback", "--yes", "--json", *words, env=env)
+
+
+class OnPm2(Rig):
+    """Its service runs under PM2."""
+
+    def __init__(self, place: Path, url: str, life: World, manager: Pm2) -> None:
+        super().__init__(place, url, life, manager.settings)
+        self.pm2 = manager
+
+    def start(self, **env: str) -> None:
+        self.pm2(
+            "start",
+            self.app / "service.mjs",
+            "--name",
+            SERVICE,
+            "--cwd",
+            self.app,
+            env={"USE_DATABASE_AUTH_STATE": "true", **env},
+        )
 
     def runs_in(self) -> list[Path]:
         """Where the service's processes work, as /proc says; empty where it does not run."""
@@ -239,17 +252,68 @@ class Rig:
         return found
 
 
+class OnSystemd(Rig):
+    """Its service is a unit, whose log is in the journal."""
+
+    def __init__(self, place: Path, url: str, life: World, manager: Systemd, path: str) -> None:
+        super().__init__(place, url, life, {"PATH": path, "SERVICE_MANAGER": "systemd"})
+        self.systemd = manager
+        self.inside = manager.inside
+
+    def start(self) -> None:
+        self.systemd.unit(f"{SERVICE}.service", UNIT.format(node=node(), app=self.app))
+        self.systemd("start", SERVICE)
+
+    def runs_in(self) -> list[Path]:
+        """Where the unit's process works, as /proc says; empty where it does not run."""
+        pid = self.systemd("show", "--property=MainPID", "--value", SERVICE)
+        return [Path(f"/proc/{self.systemd.pid}/root/proc/{pid}/cwd").readlink()] if pid != "0" else []
+
+
+UNIT = """\
+[Service]
+WorkingDirectory={app}
+Environment=USE_DATABASE_AUTH_STATE=true
+EnvironmentFile=-{app}/.env
+ExecStart={node} {app}/service.mjs
+Restart=always
+"""
+
+
 @contextmanager
-def rig(place: Path, url: str, *, companies: int = 2, every_ms: int = 150) -> Iterator[Rig]:
+def rig(place: Path, url: str, *, companies: int = 2, every_ms: int = 150) -> Iterator[OnPm2]:
     """An installation whose service runs on PostgreSQL, with conversations under way."""
+    with _living(place, companies, every_ms) as life, pm2() as manager:
+        yield _under_way(OnPm2(place, url, life, manager))
+
+
+@contextmanager
+def systemd_rig(place: Path, url: str, *, companies: int = 2, every_ms: int = 150) -> Iterator[OnSystemd]:
+    """The same with a unit of systemd."""
+    programs = place / "bin"
+    programs.mkdir()
+    link_programs(programs)
+    path = f"{programs}:{os.environ['PATH']}"
+    with _living(place, companies, every_ms) as life, systemd() as manager:
+        yield _under_way(OnSystemd(place, url, life, manager, path))
+
+
+@contextmanager
+def _living(place: Path, companies: int, every_ms: int) -> Iterator[World]:
     install(HERE)
     (place / "node_modules").symlink_to(HERE / "node_modules")
     for name in ("world.mjs", "signal.mjs"):
         shutil.copy(PROGRAMS / name, place)
-    with world(place, companies, every_ms=every_ms) as life, pm2() as manager:
-        found = Rig(place, url, manager, life)
-        found.install()
-        found.seed()
-        found.start()
-        life.go_on()
-        yield found
+    with world(place, companies, every_ms=every_ms) as life:
+        yield life
+
+
+R = TypeVar("R", OnPm2, OnSystemd)
+
+
+def _under_way(found: R) -> R:
+    found.install()
+    found.seed()
+    found.start()
+    found.world.go_on()
+    return found
