@@ -1,7 +1,4 @@
-"""The lines that cron needs, taken by the real crontab, systemd-analyze and PM2; and what is wrong with installed ones.
-
-systemd cannot run where these tests do: there a program of ours answers as systemctl(1) does.
-"""
+"""The lines that cron needs, taken by the real crontab, systemd and PM2; and what is wrong with installed ones."""
 
 from __future__ import annotations
 
@@ -21,11 +18,10 @@ from typing import TYPE_CHECKING
 import pytest
 
 import opsctl
-from opsctl import schedules
 from opsctl.operations import cron as operation
-from opsctl.settings import load
 from tests import needs
 from tests.pm2.door import Pm2, pm2
+from tests.systemd.door import systemd
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -40,6 +36,9 @@ exec "$@"
 
 class Machine:
     """A machine of its own as far as cron goes: opsctl and crontab run where nobody else's crontabs are."""
+
+    inside: tuple[str, ...] = ()
+    """What is typed before a command, where only that sees the machine's systemd."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -62,7 +61,7 @@ class Machine:
             "CRON_D": str(self.cron_d),
             **env,
         }
-        inside = ["unshare", "-m", "sh", "-euc", _MOUNTS, "sh", *words]
+        inside = [*self.inside, "unshare", "-m", "sh", "-euc", _MOUNTS, "sh", *words]
         return subprocess.run(
             inside, env=environment, input=stdin, capture_output=True, text=True, check=False, timeout=60
         )
@@ -322,70 +321,68 @@ def test_systemd_finds_no_fault_in_the_units(machine: Machine) -> None:
         assert word in (units / "opsctl-keys-cleanup.service").read_text()
 
 
-SYSTEMCTL = """\
-#!/bin/sh
-case "$*" in
-*Id,Unit,*UnitFileState*"*.timer opsctl-standby-sync.timer opsctl-db-health.timer"*) /bin/cat "$0.timers" ;;
-*Id,ExecStart*) /bin/cat "$0.services" ;;
-esac
-"""
+@in_a_mount_namespace
+@needs.systemd()
+def test_systemd_takes_the_units_and_its_timers_are_read(machine: Machine) -> None:
+    ran = machine.folder / "ran"
+    stand_in = machine.programs / "opsctl"  # not on the machine that tests it
+    stand_in.write_text(f'#!/bin/sh\numask >>{ran}\necho "$@" >>{ran}\n')
+    stand_in.chmod(0o755)
+    script = re.sub(r"(?m)^(ExecStart=).*/opsctl ", rf"\1{stand_in} ", machine.show("--as", "systemd"))
+    with systemd() as running:
+        machine.inside = running.inside
 
+        def states() -> dict[str, str]:
+            return {job: row[0] for job, row in machine.check().items()}
 
-def timer(name: str, calendar: str, *, active: str = "active", at_boot: str = "enabled", unit: str = "") -> str:
-    said = f"{{ OnCalendar={calendar} ; next_elapse=(null) }}"
-    unit = unit or f"{name}.service"
-    states = f"LoadState=loaded\nActiveState={active}\nUnitFileState={at_boot}\n"
-    return f"Unit={unit}\nTimersCalendar={said}\nId={name}.timer\n{states}"
+        assert states() == dict.fromkeys(JOBS, "missing")
+        done = machine.run("sh", stdin=script)
+        assert (done.returncode, done.stdout) == (0, ""), done
+        assert states() == dict.fromkeys(JOBS, "ok")
+        running("start", "opsctl-keys-cleanup.service")
+        assert "0077\nkeys cleanup --yes --quiet\n" in ran.read_text()
 
+        drill = "opsctl-drill-run.timer"
+        running("stop", drill)
+        assert machine.check()["drill run"][:2] == ("disabled", f"{drill}: the timer is inactive")
+        running("disable", drill)
+        running("start", drill)
+        fleeting = f"{drill}: started, but disabled: gone after a reboot"
+        assert machine.check()["drill run"][:2] == ("disabled", fleeting)
+        running("enable", "--runtime", drill)
+        assert machine.check()["drill run"][:2] == ("disabled", fleeting.replace("but disabled", "but enabled-runtime"))
+        running("disable", "--runtime", drill)
+        running("stop", drill)
+        whole = (running.units / drill).read_text()
+        running.unit(drill, whole.partition("[Install]")[0])
+        running("start", drill)
+        assert states()["drill run"] == "ok"  # static: somebody else has it started
+        running("stop", drill)
+        (running.units / drill).unlink()
+        running("daemon-reload")
+        assert states()["drill run"] == "missing"
 
-def service(name: str, command: str, environment: str = "") -> str:
-    path = command.split(maxsplit=1)[0]
-    start = f"{{ path={path} ; argv[]={command} ; ignore_errors=no ; start_time=[n/a] ; pid=0 ; status=0/0 }}"
-    return f"ExecStart={start}\nEnvironment={environment}\nId={name}.service\n"
+        def at(name: str, when: str) -> None:
+            running.unit(f"{name}.timer", f"[Timer]\nOnCalendar={when}\n[Install]\nWantedBy=timers.target\n")
+            running("enable", f"{name}.timer")
+            running("restart", f"{name}.timer")
 
+        running.unit("dump.service", "[Service]\nType=oneshot\nExecStart=/usr/bin/pg_dump wa\n")
+        at("dump", "*-*-* 03:00:00 UTC")
+        assert states()["keys cleanup"] == "collides"
+        running("disable", "dump.timer")
+        assert states()["keys cleanup"] == "collides"
+        at("dump", "*-*-* 03:30:00 UTC")
+        assert states()["keys cleanup"] == "ok"
+        running("disable", "--now", "dump.timer")
 
-def test_timers_are_read_those_that_are_off_and_a_backup_s_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    program = tmp_path / "systemctl"
-    program.write_text(SYSTEMCTL)
-    program.chmod(0o755)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("PATH", str(tmp_path))  # which has no crontab
-    monkeypatch.setattr(schedules, "_CRON_FOLDER", tmp_path / "none")
-    monkeypatch.setattr(schedules, "_SYSTEM_CRONTAB", tmp_path / "none")
-    calendars = ("*-*-* *:*:00 UTC", "*-*-* *:00/5:00 UTC", "*-*-* 03:00:00 UTC", "*-*-02 04:00:00 UTC")
-    when = dict(zip(JOBS, calendars, strict=True))
-    names = {job: f"opsctl-{job.replace(' ', '-')}" for job in JOBS}
-    services = [service(names[job], f"/usr/bin/opsctl {job} --yes --quiet") for job in JOBS]
-    services.append(service("dump", "/usr/bin/pg_dump wa"))
-
-    def answer(*timers: str) -> dict[str, str]:
-        program.with_name("systemctl.timers").write_text("\n".join(timers))
-        program.with_name("systemctl.services").write_text("\n".join(services))
-        report = operation.check(load(environ={}))
-        states = {row.job: row.state for row in report.rows}
-        assert report.exit_code == (set(states.values()) != {"ok"})
-        return states
-
-    well = [timer(names[job], when[job]) for job in JOBS]
-    assert answer(*well) == dict.fromkeys(JOBS, "ok")
-    off = timer(names["drill run"], when["drill run"], active="inactive")
-    assert answer(*well[:3], off)["drill run"] == "disabled"
-    fleeting = timer(names["drill run"], when["drill run"], at_boot="disabled")
-    assert answer(*well[:3], fleeting)["drill run"] == "disabled"
-    for at_boot in ("enabled-runtime", "linked", "transient", "masked"):
-        assert answer(*well[:3], fleeting.replace("=disabled", f"={at_boot}"))["drill run"] == "disabled"
-    for at_boot in ("static", "generated", "alias"):
-        assert answer(*well[:3], fleeting.replace("=disabled", f"={at_boot}"))["drill run"] == "ok"
-    assert answer(*well[:3])["drill run"] == "missing"
-    assert answer(*well, timer("dump", "*-*-* 03:00:00 UTC"))["keys cleanup"] == "collides"
-    assert answer(*well, timer("dump", "*-*-* 03:00:00 UTC", at_boot="disabled"))["keys cleanup"] == "collides"
-    assert answer(*well, timer("dump", "*-*-* 03:30:00 UTC"))["keys cleanup"] == "ok"
-    late = timer(names["keys cleanup"], "*-*-* 03:30:00 UTC")
-    assert answer(*well[:2], late, well[3])["keys cleanup"] == "off time"
-    services[2] = service(names["keys cleanup"], "/usr/bin/opsctl keys cleanup --yes", "PATH=/bin CLEANUP_AT=03:30")
-    assert answer(*well[:2], late, well[3])["keys cleanup"] == "ok"
-    odd = timer(names["db health"], "Mon,Tue *-*-* 00:00:00")
-    assert answer(well[0], odd, *well[2:])["db health"] == "unclear"
+        at("opsctl-keys-cleanup", "*-*-* 03:30:00 UTC")
+        assert states()["keys cleanup"] == "off time"
+        cleanup = running.units / "opsctl-keys-cleanup.service"
+        running.unit(cleanup.name, cleanup.read_text().replace("[Service]", "[Service]\nEnvironment=CLEANUP_AT=03:30"))
+        assert states()["keys cleanup"] == "ok"
+        at("opsctl-db-health", "Mon,Tue *-*-* 00:00:00")
+        assert states()["db health"] == "unclear"
 
 
 # --- PM2 --------------------------------------------------------------------------------------------------------------

@@ -50,7 +50,8 @@ else
   mount -t cgroup2 none /sys/fs/cgroup
 fi
 mkdir -p /run/log/journal
-exec env -i container=other PATH=/usr/sbin:/usr/bin:/sbin:/bin SYSTEMD_UNIT_PATH="/etc/systemd/system:$HOME/units" \
+UNITS="/etc/systemd/system:/run/systemd/system:$HOME/units"
+exec env -i container=other PATH=/usr/sbin:/usr/bin:/sbin:/bin SYSTEMD_UNIT_PATH="$UNITS" \
   /lib/systemd/systemd --system --unit=booted.target --log-target=null
 """
 FORGET = """
