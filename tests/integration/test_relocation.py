@@ -1,9 +1,8 @@
-"""Services moved to another folder and back to exactly what they were: a real PM2; a program in systemctl's place."""
+"""Services moved to another folder and back to exactly what they were: a real PM2, and a real systemd."""
 
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,8 +12,9 @@ from opsctl import relocation, services
 from opsctl.errors import HalfDone, Refused
 from opsctl.relocation import Move
 from opsctl.settings import load
-from tests.integration.test_services import program
+from tests import needs
 from tests.pm2.door import Pm2, pm2
+from tests.systemd.door import systemd
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -144,7 +144,6 @@ def test_a_service_from_elsewhere_or_without_fallback_code_is_not_moved(
 
 
 UNIT = """\
-# /etc/systemd/system/wa.service
 [Unit]
 Description=x
 [Service]
@@ -154,51 +153,57 @@ EnvironmentFile=-/srv/app/.env
 ExecStart=/usr/bin/node --env-file=/srv/app/.env \\
   /srv/app/server.js /srv/application/data
 Restart=always
-[Install]
-WantedBy=multi-user.target
 """
-SYSTEMCTL = """\
-#!{python}
-import pathlib, sys
-place = pathlib.Path(__file__).parent
-with (place / "asked").open("a") as asked:
-    asked.write(" ".join(sys.argv[1:]) + "\\n")
-if sys.argv[1] == "cat":
-    print((place / "unit").read_text())
+MOVING = """
+import json
+from pathlib import Path
+from opsctl import relocation, services
+from opsctl.errors import Refused
+from opsctl.relocation import Move
+from opsctl.settings import load
+
+manager = services.manager(load(environ={"SERVICE_MANAGER": "systemd", "SERVICE_NAMES": "wa"}))
+flags = {"USE_DATABASE_AUTH_STATE": "false"}
+fallback = Path("/srv/fallback")
+relocator = relocation.relocator(manager, Move(Path("/srv/app"), fallback, fallback / ".env", flags))
 """
+PROPERTIES = "--property=WorkingDirectory,EnvironmentFiles,ExecStart,NeedDaemonReload"
 
 
-def test_a_unit_gets_a_drop_in_and_loses_it_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    program(tmp_path / "systemctl", SYSTEMCTL)
-    (tmp_path / "unit").write_text(UNIT)
-    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    monkeypatch.setattr(relocation, "SYSTEMD_UNITS", tmp_path / "units")
-    (tmp_path / "units").mkdir()
-    manager = services.manager(load(environ={"SERVICE_MANAGER": "systemd", "SERVICE_NAMES": "wa"}))
-    assert manager is not None
-    fallback = Path("/srv/fallback")
-    relocator = relocation.relocator(manager, Move(Path("/srv/app"), fallback, fallback / ".env", FLAGS))
-    saved = relocator.saved()
-    relocator.there(saved)
-    drop_in = tmp_path / "units" / "wa.service.d" / "50-opsctl-switch.conf"
-    assert drop_in.read_text().splitlines()[1:] == [
-        "[Service]",
-        "WorkingDirectory=/srv/fallback",
-        "ExecStart=",
-        "ExecStart=/usr/bin/node --env-file=/srv/fallback/.env    /srv/fallback/server.js /srv/application/data",
-        "EnvironmentFile=",
-        "EnvironmentFile=/etc/default/wa",
-        "EnvironmentFile=-/srv/fallback/.env",
-        "EnvironmentFile=/srv/fallback/.env",
-        "Environment=USE_DATABASE_AUTH_STATE=false",
-    ]
-    for _ in range(2):
-        relocator.back(saved)
-        assert list((tmp_path / "units").iterdir()) == []
-    assert (tmp_path / "asked").read_text().splitlines().count("daemon-reload") == 3
-    (tmp_path / "unit").write_text(UNIT.replace("/srv/app", "/opt/x"))
-    with pytest.raises(Refused, match=r"wa does not run from APP_DIR"):
-        relocator.saved()
-    (tmp_path / "unit").write_text("")
-    with pytest.raises(Refused, match="does not say how it starts wa"):
-        relocator.saved()
+@needs.systemd()
+def test_a_unit_gets_a_drop_in_and_loses_it_again() -> None:
+    with systemd() as running:
+        running.unit("wa.service", UNIT)
+        before = running("show", PROPERTIES, "wa")
+        running.python(f"{MOVING}relocator.there(relocator.saved())\nprint(0)")
+        shown = dict(line.split("=", 1) for line in running("show", PROPERTIES, "wa").splitlines())
+        moved = "/usr/bin/node --env-file=/srv/fallback/.env /srv/fallback/server.js /srv/application/data"
+        assert f"argv[]={moved} ;" in shown["ExecStart"]
+        folder = running.units / "wa.service.d"
+        assert (shown["WorkingDirectory"], shown["NeedDaemonReload"]) == ("/srv/fallback", "no")
+        assert running("show", "--property=EnvironmentFiles", "--value", "wa").splitlines() == [
+            "/etc/default/wa (ignore_errors=no)",
+            "/srv/fallback/.env (ignore_errors=yes)",
+            "/srv/fallback/.env (ignore_errors=no)",
+            "/etc/systemd/system/wa.service.d/50-opsctl-switch.env (ignore_errors=no)",
+        ]
+        assert (folder / "50-opsctl-switch.env").read_text() == "USE_DATABASE_AUTH_STATE=false\n"
+        for _ in range(2):
+            running.python(f"{MOVING}relocator.back(b'{{}}')\nprint(0)")
+            assert not folder.exists()
+            assert running("show", PROPERTIES, "wa") == before
+
+        def refusal() -> str:
+            said: str = running.python(f"""{MOVING}
+try:
+    relocator.saved()
+except Refused as error:
+    print(json.dumps(error.message))
+""")
+            return said
+
+        running.unit("wa.service", UNIT.replace("/srv/app", "/opt/x"))
+        assert refusal() == "wa does not run from APP_DIR (/srv/app)"
+        (running.units / "wa.service").unlink()
+        running("daemon-reload")
+        assert refusal() == "systemd does not say how it starts wa"
