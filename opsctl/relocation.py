@@ -352,8 +352,8 @@ class _MovesSystemd:
         for name in self.manager.names:
             path = self._path(name)
             with suppress(OSError):
-                path.unlink(missing_ok=True)
-                path.with_suffix(".env").unlink(missing_ok=True)
+                for made in (path, path.with_suffix(".env"), path.with_suffix(".new")):
+                    made.unlink(missing_ok=True)
                 path.parent.rmdir()
             if path.exists():
                 raise HalfDone(f"{path} cannot be removed", kind="not-moved", hint=f"rm {path}")

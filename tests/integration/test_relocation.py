@@ -188,7 +188,11 @@ def test_a_unit_gets_a_drop_in_and_loses_it_again() -> None:
             "/etc/systemd/system/wa.service.d/50-opsctl-switch.env (ignore_errors=no)",
         ]
         assert (folder / "50-opsctl-switch.env").read_text() == "USE_DATABASE_AUTH_STATE=false\n"
-        for _ in range(2):
+        for killed_in_the_middle in (False, True):
+            if killed_in_the_middle:
+                folder.mkdir()
+                for name in ("50-opsctl-switch.env", "50-opsctl-switch.new"):
+                    (folder / name).touch()
             running.python(f"{MOVING}relocator.back(b'{{}}')\nprint(0)")
             assert not folder.exists()
             assert running("show", PROPERTIES, "wa") == before
