@@ -46,7 +46,7 @@ def main() -> int:
     """Measure, print, and exit 1 if a bar is missed."""
     with seeded_server(companies=COMPANIES, keys=KEYS) as (server, _):
         environment = bare_environment(
-            DATABASE_URL=server.conninfo(), OPSCTL_STATE_DIR="/nonexistent", OPSCTL_ENV_FILE=os.devnull
+            DATABASE_URL=server.conninfo(), OPSCTL_STATE_DIR=f"{os.devnull}/state", OPSCTL_ENV_FILE=os.devnull
         )
         queries_ms: list[float] = []
         health = _timed(opsctl_words("db", "health", "--json"), environment, queries_ms)

@@ -77,7 +77,13 @@ class RunOpsctl(Protocol):
     """What the fixture `run_opsctl` is."""
 
     def __call__(
-        self, *args: str | Path, env: Mapping[str, str] = ..., timeout: float = ..., stdin: str = ..., cwd: Path = ...
+        self,
+        *args: str | Path,
+        env: Mapping[str, str] = ...,
+        timeout: float = ...,
+        stdin: str = ...,
+        cwd: Path = ...,
+        before: str = ...,
     ) -> Finished: ...
 
 
@@ -144,10 +150,11 @@ def run_opsctl(tmp_path: Path, forking: Forks) -> RunOpsctl:
         timeout: float = 60,
         stdin: str = "",
         cwd: Path = tmp_path,
+        before: str = "",
     ) -> Finished:
         home, state = tmp_path / "home", tmp_path / "state"
         home.mkdir(exist_ok=True)
         clean = {"HOME": str(home), "OPSCTL_STATE_DIR": str(state), **(env or {})}
-        return forking.run(*args, env=clean, timeout=timeout, stdin=stdin, cwd=cwd)
+        return forking.run(*args, env=clean, timeout=timeout, stdin=stdin, cwd=cwd, before=before)
 
     return run

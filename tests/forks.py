@@ -194,6 +194,10 @@ def _become(order: dict[str, Any]) -> NoReturn:
     os._exit(code)
 
 
+AS_NOBODY = "import os; os.chdir('/'); os.setgroups([]); os.setgid(65534); os.setuid(65534)"
+"""For `before`: a run of a user who may not even be able to read where opsctl is installed."""
+
+
 # For `before`: what can be wrong with the calls that change folders
 
 

@@ -9,7 +9,6 @@ import functools
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 from typing import Literal
 
@@ -43,13 +42,6 @@ def namespace(kind: Literal["mount", "user"]) -> pytest.MarkDecorator:
     tried = subprocess.run(["unshare", f"--{kind}", "true"], stderr=subprocess.DEVNULL, check=False)
     there = os.geteuid() == 0 and tried.returncode == 0
     return _mark(there, f"what only root in a {kind} namespace can arrange (read-only mounts, users without account)")
-
-
-def readable() -> pytest.MarkDecorator:
-    """The test runs what is installed here as another user, who has to be able to read it; below /root nobody can."""
-    places = (Path(__file__), Path(sys.executable), Path(os.path.realpath(sys.executable)))
-    there = all(parent.stat().st_mode & 0o001 for place in places for parent in place.parents)
-    return _mark(there, "what another user is to run (this folder, or Python's, is closed to others)")
 
 
 @functools.cache

@@ -73,9 +73,11 @@ class Fleet:
                 [new, of],
             )
 
-    def opsctl(self, *words: str | Path, env: Mapping[str, str] | None = None, timeout: float = 60) -> Finished:
+    def opsctl(
+        self, *words: str | Path, env: Mapping[str, str] | None = None, timeout: float = 60, before: str = ""
+    ) -> Finished:
         """Run opsctl; whatever it was asked, nothing secret and no traceback may have left."""
-        done = self.run_opsctl(*words, env={**self.env, **(env or {})}, timeout=timeout)
+        done = self.run_opsctl(*words, env={**self.env, **(env or {})}, timeout=timeout, before=before)
         said = done.stdout + done.stderr
         if self.state.exists():
             files = [path for path in self.state.rglob("*") if path.is_file()]

@@ -31,6 +31,7 @@ from opsctl.stores.folder import OPSCTL_FOLDER, opened
 from opsctl.stores.switch_record import SwitchRecord, write_switch
 from tests import needs
 from tests.baileys import door
+from tests.forks import AS_NOBODY
 from tests.integration.fleet import FIRST, SECOND, Fleet, rows_of, unchanged
 
 if TYPE_CHECKING:
@@ -258,25 +259,13 @@ def test_what_is_no_cache_is_kept_aside_by_who_writes_over_it(
     assert set(json.loads(file_of(app).read_bytes())) == ({FIRST, SECOND} if verb == "warm" else set())
 
 
-def as_nobody(fleet: Fleet, *words: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        ["setpriv", "--reuid=65534", "--clear-groups", sys.executable, "-m", "opsctl", "cache", *words],
-        env={"PATH": os.environ["PATH"], "PYTHONPATH": str(Path(opsctl.__file__).parents[1]), **fleet.env},
-        cwd="/",
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-
-
-@needs.readable()
 @needs.root()
 def test_a_cache_that_this_user_may_not_read_is_named(app: Fleet) -> None:
     with unchanged(app.place):
-        done = as_nobody(app, "inspect")
+        done = app.opsctl("cache", "inspect", before=AS_NOBODY)
         assert (done.returncode, "cannot be read: Permission denied" in done.stderr) == (4, True), done
         for words in (("warm",), ("clear", "--yes")):
-            done = as_nobody(app, *words)
+            done = app.opsctl("cache", *words, before=AS_NOBODY)
             assert (done.returncode, "so nothing was changed" in done.stderr) == (5, True), done
 
 

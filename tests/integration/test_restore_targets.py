@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests import needs
+from tests.forks import AS_NOBODY
 from tests.integration.fleet import FIRST, KEYS, SECOND, Fleet, contents, results, rows_of, tree, unchanged
 
 if TYPE_CHECKING:
@@ -315,27 +316,11 @@ def test_the_owner_need_not_be_able_to_read_where_opsctl_is_installed(fleet: Fle
     assert done.returncode == 0, done
 
 
-AS_NOBODY = """
-import codecs, os, pwd, sys
-import dotenv.parser, rich.box, rich.console, rich.table, tenacity
-import opsctl.cli.render, opsctl.db, opsctl.operations.restore, opsctl.settings, opsctl.state
-from opsctl.cli import main
-list(map(codecs.lookup, ("ascii", "latin-1", "utf-8-sig")))
-nobody = pwd.getpwnam("nobody")
-os.setgroups([]); os.setgid(nobody.pw_gid); os.setuid(nobody.pw_uid)  # who may not be able to read the interpreter
-sys.argv[0] = "opsctl"
-sys.exit(main())
-"""
-
-
 def run_as_nobody(fleet: Fleet, *words: str) -> tuple[int, str]:
-    env = {"PATH": os.environ["PATH"], "PYTHONPATH": str(REPOSITORY), "HOME": str(fleet.place), **fleet.env}
-    program = [sys.executable, "-c", AS_NOBODY, "sessions", "restore", "--to", str(fleet.target), *words]
-    done = subprocess.run(program, env=env, cwd="/", text=True, capture_output=True, check=False)
+    done = fleet.opsctl("sessions", "restore", "--to", fleet.target, *words, before=AS_NOBODY)
     return done.returncode, done.stderr
 
 
-@needs.readable()
 @needs.root()
 @pytest.mark.parametrize("words", [[], ["--dry-run"]])
 def test_only_root_restores_for_somebody_else_or_into_what_it_may_not_write(fleet: Fleet, words: list[str]) -> None:
