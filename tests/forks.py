@@ -7,6 +7,7 @@ for such texts.
 
 from __future__ import annotations
 
+import codecs
 import ctypes
 import errno
 import gc
@@ -130,21 +131,28 @@ def _import_all() -> None:
 
     import certifi  # noqa: F401
     import cryptography.hazmat.backends.openssl  # noqa: F401
+    import pydantic
     import rich._emoji_codes
     import rich.progress
     import rich.table  # noqa: F401
     import sentry_sdk.envelope
     import sentry_sdk.utils  # noqa: F401
     import tenacity  # noqa: F401
-    import typer._adapters  # noqa: F401 - pydantic
+    import typer._adapters
+    import typer._click.decorators  # noqa: F401
     import urllib3  # noqa: F401
 
     import opsctl
+    from opsctl import queries
     from opsctl.cli import tree
 
     for module in pkgutil.walk_packages(opsctl.__path__, "opsctl."):
         if not module.name.endswith("__main__"):
             importlib.import_module(module.name)
+    pydantic.TypeAdapter(int)  # imports the rest of it
+    for statement in Path(queries.__file__).parent.glob("*.sql"):
+        queries.query(statement.stem)
+    list(map(codecs.lookup, ("ascii", "latin-1", "utf-8-sig")))
     tree.exit_codes([])  # builds all commands: each run looks there whether it may end as it did
 
 
