@@ -97,6 +97,15 @@ class Refused(OpsctlError):
     kind = "refused"
 
 
+AS_OWNER = "type it as the owner of the folders, or as root"
+
+
+def unreadable(path: object, error: OSError) -> Refused:
+    """The refusal to work on files that this user may not read, or that cannot be read at all."""
+    hint = AS_OWNER if isinstance(error, PermissionError) else f"ls -ld {path}"
+    return Refused(f"{path} cannot be read: {error.strerror}", kind="unreadable", hint=hint)
+
+
 class HalfDone(OpsctlError):
     """Something was changed and not all of it: look before typing on."""
 

@@ -71,7 +71,8 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on s
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing unless something is abnormal.")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Print the details too.")]
 EnvFile = Annotated[
-    Path | None, typer.Option("--env-file", metavar="FILE", help="Read settings from FILE instead of ./.env.")
+    Path | None,
+    typer.Option("--env-file", readable=False, metavar="FILE", help="Read settings from FILE instead of ./.env."),
 ]
 DeadlineSeconds = Annotated[
     float | None,

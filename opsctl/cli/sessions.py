@@ -22,12 +22,18 @@ if TYPE_CHECKING:
 app = typer.Typer(cls=Group, help="Baileys session folders: restore, verify, list, undo.")
 
 To = Annotated[
-    Path | None, typer.Option("--to", metavar="DIR", help="The sessions folder. Else SESSIONS_DIR, else APP_DIR/...")
+    Path | None,
+    typer.Option(
+        "--to", readable=False, metavar="DIR", help="The sessions folder. Else SESSIONS_DIR, else APP_DIR/..."
+    ),
 ]
 
 
 From = Annotated[
-    Path | None, typer.Option("--from", metavar="DIR", help="The sessions folder. Else SESSIONS_DIR, else APP_DIR/...")
+    Path | None,
+    typer.Option(
+        "--from", readable=False, metavar="DIR", help="The sessions folder. Else SESSIONS_DIR, else APP_DIR/..."
+    ),
 ]
 ServiceStopped = Annotated[
     bool, typer.Option("--service-stopped", help="My word: the service is stopped. Needed without SERVICE_MANAGER.")
@@ -292,7 +298,7 @@ def repair(
     source: Annotated[RepairFrom, typer.Option("--from", help="Which copy the rows come from.")],
     folders: Annotated[
         Path | None,
-        typer.Option("--dir", metavar="DIR", help="The folder for --from folder. Else SESSIONS_DIR."),
+        typer.Option("--dir", readable=False, metavar="DIR", help="The folder for --from folder. Else SESSIONS_DIR."),
     ] = None,
     missing_only: Annotated[
         bool, typer.Option("--missing-only", help="Leave damaged rows alone; only put missing ones back.")
@@ -385,7 +391,8 @@ def undo(
 def verify(
     ctx: typer.Context,
     folder: Annotated[
-        Path | None, typer.Argument(metavar="DIR", help="A sessions folder or one company's. Else SESSIONS_DIR.")
+        Path | None,
+        typer.Argument(readable=False, metavar="DIR", help="A sessions folder or one company's. Else SESSIONS_DIR."),
     ] = None,
     company: Companies = None,
     against: Annotated[

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from opsctl.baileys import buffers
 from opsctl.baileys.filenames import UnwritableName, folder_name, is_company_id
 from opsctl.baileys.key_types import shown_key_id
-from opsctl.errors import Locked, OpsctlError, Refused, SourceUnavailable
+from opsctl.errors import Locked, OpsctlError, Refused, SourceUnavailable, unreadable
 from opsctl.operations.comparison import Terms, compared
 from opsctl.operations.sides import CompanyPlan, as_text, identity
 from opsctl.operations.three_way import WRITTEN, Action, Prefer
@@ -285,8 +285,8 @@ def planned_failback(
     `locked`: the folders, where somebody holds their lock. Raises `DatabaseUnavailable`, `Refused`, `Locked`, all with
     nothing changed.
     """
-    if not wish.source.is_dir():
-        raise _no_folders(wish)
+    with _looked_at(wish):
+        pass
     taken = nullcontext(locked) if locked else locked_root(wish.source, Owner.of(wish.source), run_id=wish.run_id)
     with taken as root:
         root.recover()
@@ -302,11 +302,14 @@ class NotVerified(OpsctlError):
 
 @contextmanager
 def _looked_at(wish: FailbackWish) -> Iterator[int]:
-    try:
-        with opened(wish.source) as fd:
-            yield fd
-    except (FileNotFoundError, NotADirectoryError):
-        raise _no_folders(wish) from None
+    with ExitStack() as stack:
+        try:
+            fd = stack.enter_context(opened(wish.source))
+        except (FileNotFoundError, NotADirectoryError):
+            raise _no_folders(wish) from None
+        except OSError as error:
+            raise unreadable(wish.source, error) from None
+        yield fd
 
 
 def _no_folders(wish: FailbackWish) -> Refused:

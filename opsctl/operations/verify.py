@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import stat
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from hashlib import sha256
 from itertools import chain
@@ -20,7 +21,7 @@ from opsctl.baileys.filenames import (
     key_file_name,
     parse_key_file_name,
 )
-from opsctl.errors import Refused
+from opsctl.errors import AS_OWNER, Refused, unreadable
 from opsctl.report import Column, Failure, Report
 from opsctl.retry import repeatable
 from opsctl.stores.folder import OPSCTL_FOLDER, entries_of, opened, origin_of, read_file
@@ -46,6 +47,8 @@ class Verdict(StrEnum):
     WILL_LOG_IN = "will log in"
     WILL_NOT = "will NOT log in"
     DAMAGED = "logs in, keys damaged"
+    UNREADABLE = "cannot be read"
+    """By this user, or from this disk: nothing else is known of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,18 +105,23 @@ def verify_against(
     with journal.step("verify against the database", total=len(paths)) as advance, open_snapshot() as snapshot:
         for done, path in enumerate(paths, 1):
             row, digests = _verify_folder(path)
-            rows.append(_with_database(row, _difference(snapshot, row.company, path, digests)))
+            if row.verdict is not Verdict.UNREADABLE:
+                row = replace(row, database=_difference(snapshot, row.company, path, digests))
+            rows.append(row)
             advance(done)
     return _report(target, rows, _AGAINST_COLUMNS)
 
 
 def _company_folders(target: Path, companies: tuple[str, ...]) -> list[Path]:
-    if not target.is_dir():
-        state = "is not a folder" if target.exists() else "does not exist"
-        raise Refused(f"{target} {state}", hint="pass the sessions folder, or one company's folder in it")
-    if (target / CREDS_FILE).exists() or target.name.startswith("company_"):
-        return [target]
-    found = sorted(p for p in target.iterdir() if p.is_dir() and not p.is_symlink() and p.name != OPSCTL_FOLDER)
+    try:
+        if not target.is_dir():
+            state = "is not a folder" if target.exists() else "does not exist"
+            raise Refused(f"{target} {state}", hint="pass the sessions folder, or one company's folder in it")
+        if target.name.startswith("company_") or (target / CREDS_FILE).exists():
+            return [target]
+        found = sorted(p for p in target.iterdir() if p.is_dir() and not p.is_symlink() and p.name != OPSCTL_FOLDER)
+    except OSError as error:
+        raise unreadable(target, error) from None
     if companies:
         wanted = {c if c.startswith("company_") else f"company_{c}" for c in companies}
         missing = sorted(wanted - {p.name for p in found})
@@ -181,7 +189,12 @@ def _pre_key_matches(data: bytes) -> bool:
 
 
 def _verify_folder(path: Path) -> tuple[FolderRow, dict[str, str]]:
-    with opened(path) as fd:
+    with ExitStack() as stack:
+        try:
+            fd = stack.enter_context(opened(path))
+        except OSError as error:
+            problems = (f"its folder cannot be read: {error.strerror}",)
+            return FolderRow(path.name.removeprefix("company_"), path.name, Verdict.UNREADABLE, problems=problems), {}
         folder = _Folder(path, fd)
         origin, entries = folder.manifest()
         creds = None
@@ -310,12 +323,6 @@ def _same_creds(theirs: bytes, path: Path) -> bool:
     return ours == there
 
 
-def _with_database(row: FolderRow, database: str) -> FolderRow:
-    from dataclasses import replace
-
-    return replace(row, database=database)
-
-
 def _report(target: Path, rows: list[FolderRow], columns: tuple[Column, ...]) -> Report:
     bad = [row for row in rows if row.verdict is not Verdict.WILL_LOG_IN]
     drifted = [row for row in rows if row.database not in {None, "equal"}]
@@ -327,7 +334,9 @@ def _report(target: Path, rows: list[FolderRow], columns: tuple[Column, ...]) ->
         failure = Failure(
             "verification-failed",
             f"{len(bad)} of {len(rows)} companies are not well: {named}",
-            f"opsctl sessions restore --to {target}",
+            AS_OWNER
+            if {row.verdict for row in bad} == {Verdict.UNREADABLE}
+            else f"opsctl sessions restore --to {target}",
         )
     elif drifted:
         named = "; ".join(f"{row.company}: {row.database}" for row in drifted[:5])
