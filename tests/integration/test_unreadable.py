@@ -66,7 +66,7 @@ def test_the_companies_that_can_be_read_are_verified_all_the_same(restored: Flee
 )
 def test_what_is_named_on_the_line_too(fleet: Fleet, words: tuple[str, ...], code: int) -> None:
     fleet.place.chmod(0o755)
-    closed = fleet.place / "company_1"
+    closed = fleet.place / "closed"
     closed.touch(0o600) if words[0] != "sessions" else closed.mkdir(0o700)
     done = fleet.opsctl(*words, closed, before=AS_NOBODY)
     assert (done.returncode, f"{closed} cannot be read: Permission denied" in done.stderr) == (code, True), done
