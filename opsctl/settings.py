@@ -35,7 +35,13 @@ def _path(value: str) -> Path:
         raise ValueError("is the home of a user that does not exist") from None
     if not path.is_absolute():
         raise ValueError("is not an absolute path")
+    if any(len(os.fsencode(part)) > _LONGEST_NAME for part in path.parts):
+        raise ValueError(f"has a name of more than {_LONGEST_NAME} bytes")
     return path
+
+
+_LONGEST_NAME = 255
+"""In bytes; no filesystem of Linux takes more (NAME_MAX)."""
 
 
 def _whole(low: int, high: int) -> Callable[[str], int]:

@@ -1,5 +1,6 @@
 """`opsctl sessions ...`: Baileys session folders."""
 
+from contextlib import suppress
 from dataclasses import replace as replace_fields
 from enum import StrEnum
 from pathlib import Path
@@ -371,7 +372,9 @@ def undo(
     run: Invocation = ctx.obj
     target = doors.sessions_dir(run, to, "--to DIR")
     wish = UndoWish(run_id, tuple(company or ()), discard_changes, run.settings.environment)
-    owner = Owner.of(target) if target.exists() else Owner.current()
+    owner = Owner.current()
+    with suppress(OSError):  # what is wrong with it is for the exchange to say
+        owner = Owner.of(target)
     if dry_run:
         return preview_undo(target, owner, wish)
     run.confirm(f"Exchange the folders in {target} with the ones set aside?")

@@ -207,3 +207,8 @@ def test_the_next_restore_removes_what_is_not_kept_any_more(restored: Fleet) -> 
     assert not list(restored.target.glob(".opsctl/staging-*"))
     (aside,) = restored.target.glob(f".opsctl/aside-*/company_{FIRST}")
     assert aside.parent.name == f"aside-{run_id}"
+
+
+def test_a_name_that_no_filesystem_takes_is_no_bug(fleet: Fleet) -> None:
+    done = fleet.opsctl("sessions", "undo", "--yes", "--to", fleet.place / ("n" * 300))
+    assert done.returncode == 5, done

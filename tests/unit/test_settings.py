@@ -162,6 +162,7 @@ def test_an_empty_value_is_not_set_and_lets_the_next_one_speak(tmp_path: Path, n
         ("SESSIONS_DIR", "sessions", "('sessions') is not an absolute path"),
         ("APP_DIR", "./app", "('./app') is not an absolute path"),
         ("OPSCTL_STATE_DIR", "state", "('state') is not an absolute path"),
+        ("APP_DIR", f"/srv/{'ü' * 128}/app", "has a name of more than 255 bytes"),
         ("APP_DIR", "~nobody-of-this-name/app", "is the home of a user that does not exist"),
         ("RTO_TARGET_SECONDS", "ten", "('ten') is not a whole number"),
         ("RTO_TARGET_SECONDS", "600s", "('600s') is not a whole number"),
