@@ -458,7 +458,9 @@ def test_a_primary_that_is_read_only_and_clocks_apart(database: Database, monkey
     real = time.time
     monkeypatch.setattr(time, "time", lambda: real() + 3)
     row = looked(database.url, Group.REACH)["clock"]
-    assert (row.state, row.seen) == (State.WARNING, "3.0 s apart from this host")
+    assert row.state is State.WARNING
+    # Less by half of the time that the answer took.
+    assert 2 < float(row.seen.removesuffix(" s apart from this host")) <= 3.1
     assert looked(database.url, Group.REACH, HEALTH_CLOCK_SKEW_S="1/2")["clock"].state is State.CRITICAL
 
 
