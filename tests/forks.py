@@ -130,7 +130,10 @@ def _import_all() -> None:
     import multiprocessing.popen_fork  # noqa: F401
 
     import certifi  # noqa: F401
-    import cryptography.hazmat.backends.openssl  # noqa: F401
+    import cryptography.exceptions
+    import cryptography.hazmat.backends.openssl
+    import cryptography.hazmat.primitives.asymmetric.ed25519
+    import cryptography.hazmat.primitives.asymmetric.x25519  # noqa: F401
     import pydantic
     import rich._emoji_codes
     import rich.progress
