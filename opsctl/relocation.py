@@ -340,7 +340,7 @@ class _MovesSystemd:
             flags = "".join(f"{flag}={shlex.quote(value)}\n" for flag, value in self.move.flags.items())
             try:
                 path.parent.mkdir(mode=0o755, exist_ok=True)
-                path.with_suffix(".env").write_text(flags, encoding="utf-8")
+                _flags_file(path).write_text(flags, encoding="utf-8")
                 new = path.with_suffix(".new")
                 new.write_text(text, encoding="utf-8")
                 new.replace(path)
@@ -352,7 +352,7 @@ class _MovesSystemd:
         for name in self.manager.names:
             path = self._path(name)
             with suppress(OSError):
-                for made in (path, path.with_suffix(".env"), path.with_suffix(".new")):
+                for made in (path, _flags_file(path), path.with_suffix(".new")):
                     made.unlink(missing_ok=True)
                 path.parent.rmdir()
             if path.exists():
@@ -392,8 +392,13 @@ class _MovesSystemd:
         # A later file wins over an earlier one, and every file over Environment. The flags have one of their own: to
         # systemd a comment behind a value, which the service may skip, is a part of it.
         lines += ["EnvironmentFile=", *(f"EnvironmentFile={path}" for path in files)]
-        lines += [f"EnvironmentFile={path}" for path in (self.move.env_file, self._path(name).with_suffix(".env"))]
+        lines += [f"EnvironmentFile={path}" for path in (self.move.env_file, _flags_file(self._path(name)))]
         return "\n".join(lines) + "\n"
+
+
+def _flags_file(drop_in: Path) -> Path:
+    """The env file beside a drop-in, which has the flags alone."""
+    return drop_in.with_suffix(".env")
 
 
 def _unit_words(text: str) -> dict[str, list[str]]:

@@ -34,9 +34,7 @@ def inspect(
     ctx: typer.Context,
     file: Annotated[
         Path | None,
-        typer.Argument(
-            readable=False, metavar="FILE", help="Else CREDENTIALS_CACHE_FILE, else APP_DIR/.baileys-cache.json."
-        ),
+        typer.Argument(metavar="FILE", help="Else CREDENTIALS_CACHE_FILE, else APP_DIR/.baileys-cache.json."),
     ] = None,
     company: Companies = None,
     against: Annotated[

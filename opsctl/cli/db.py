@@ -47,10 +47,7 @@ def health(
         bool, typer.Option("--nagios", help="One line with performance data; exit codes 0, 1, 2, 3.")
     ] = False,
     prometheus: Annotated[
-        Path | None,
-        typer.Option(
-            "--prometheus", readable=False, metavar="FILE", help="Also write FILE for the textfile collector."
-        ),
+        Path | None, typer.Option("--prometheus", metavar="FILE", help="Also write FILE for the textfile collector.")
     ] = None,
 ) -> Report:
     """Is the database well? Every check with its threshold, how near it is, and what to do.

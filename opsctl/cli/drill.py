@@ -39,15 +39,10 @@ def run(
     ] = False,
     packages: Annotated[
         Path | None,
-        typer.Option(
-            "--packages", readable=False, metavar="DIR", help="With --full: take Baileys and PM2 from DIR/node_modules."
-        ),
+        typer.Option("--packages", metavar="DIR", help="With --full: take Baileys and PM2 from DIR/node_modules."),
     ] = None,
     scratch: Annotated[
-        Path | None,
-        typer.Option(
-            "--scratch", readable=False, metavar="DIR", help="Where to make and remove everything. Else TMPDIR."
-        ),
+        Path | None, typer.Option("--scratch", metavar="DIR", help="Where to make and remove everything. Else TMPDIR.")
     ] = None,
 ) -> Report:
     """Seed, break, kill a restore half-way, restore, verify and measure; never touches your database or folders.

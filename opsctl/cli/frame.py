@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TextIO, get_type_hin
 
 import typer
 from typer.core import TyperCommand, TyperGroup
+from typer.models import ParameterInfo
 
 from opsctl.errors import Interrupted, OpsctlError, Refused, SettingsError, SourceUnavailable, UsageError
 from opsctl.journal import Journal, Silent, Watcher
@@ -71,8 +72,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on s
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing unless something is abnormal.")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Print the details too.")]
 EnvFile = Annotated[
-    Path | None,
-    typer.Option("--env-file", readable=False, metavar="FILE", help="Read settings from FILE instead of ./.env."),
+    Path | None, typer.Option("--env-file", metavar="FILE", help="Read settings from FILE instead of ./.env.")
 ]
 DeadlineSeconds = Annotated[
     float | None,
@@ -318,6 +318,10 @@ def command(
         hints = get_type_hints(body, include_extras=True)
         vars(framed)["__signature__"] = inspect.Signature(list(wanted.values()))
         framed.__annotations__ = {n: hints.get(n, p.annotation) for n, p in wanted.items()}
+        for annotation in framed.__annotations__.values():
+            for told in getattr(annotation, "__metadata__", ()):
+                if isinstance(told, ParameterInfo):
+                    told.readable = False  # what may not be read is for the command to name, with what to do
         epilog = "\b\nExamples:\n" + "\n".join(f"  {line}" for line in examples)
         app.command(name, cls=Command, epilog=epilog)(framed)
         return framed

@@ -69,8 +69,7 @@ def show(
 def check(
     ctx: typer.Context,
     files: Annotated[
-        list[Path] | None,
-        typer.Argument(readable=False, metavar="[FILE]...", help="Markdown of yours. Else opsctl's own pages."),
+        list[Path] | None, typer.Argument(metavar="[FILE]...", help="Markdown of yours. Else opsctl's own pages.")
     ] = None,
 ) -> Report:
     """Are the opsctl lines of these pages lines that this opsctl takes? Commands, flags, values, exit codes; offline.

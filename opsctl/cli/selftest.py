@@ -25,10 +25,7 @@ app = typer.Typer(cls=Group, help="What opsctl proves of itself, on this machine
 def leaks(
     ctx: typer.Context,
     scratch: Annotated[
-        Path | None,
-        typer.Option(
-            "--scratch", readable=False, metavar="DIR", help="Where to make and remove everything. Else TMPDIR."
-        ),
+        Path | None, typer.Option("--scratch", metavar="DIR", help="Where to make and remove everything. Else TMPDIR.")
     ] = None,
 ) -> Report:
     """Does a secret leave? Plants some, runs every command, breaks what it needs, and searches what came out.

@@ -23,18 +23,12 @@ if TYPE_CHECKING:
 app = typer.Typer(cls=Group, help="Baileys session folders: restore, verify, list, undo.")
 
 To = Annotated[
-    Path | None,
-    typer.Option(
-        "--to", readable=False, metavar="DIR", help="The sessions folder. Else SESSIONS_DIR, else APP_DIR/..."
-    ),
+    Path | None, typer.Option("--to", metavar="DIR", help="The sessions folder. Else SESSIONS_DIR, else APP_DIR/...")
 ]
 
 
 From = Annotated[
-    Path | None,
-    typer.Option(
-        "--from", readable=False, metavar="DIR", help="The sessions folder. Else SESSIONS_DIR, else APP_DIR/..."
-    ),
+    Path | None, typer.Option("--from", metavar="DIR", help="The sessions folder. Else SESSIONS_DIR, else APP_DIR/...")
 ]
 ServiceStopped = Annotated[
     bool, typer.Option("--service-stopped", help="My word: the service is stopped. Needed without SERVICE_MANAGER.")
@@ -299,7 +293,7 @@ def repair(
     source: Annotated[RepairFrom, typer.Option("--from", help="Which copy the rows come from.")],
     folders: Annotated[
         Path | None,
-        typer.Option("--dir", readable=False, metavar="DIR", help="The folder for --from folder. Else SESSIONS_DIR."),
+        typer.Option("--dir", metavar="DIR", help="The folder for --from folder. Else SESSIONS_DIR."),
     ] = None,
     missing_only: Annotated[
         bool, typer.Option("--missing-only", help="Leave damaged rows alone; only put missing ones back.")
@@ -395,7 +389,7 @@ def verify(
     ctx: typer.Context,
     folder: Annotated[
         Path | None,
-        typer.Argument(readable=False, metavar="DIR", help="A sessions folder or one company's. Else SESSIONS_DIR."),
+        typer.Argument(metavar="DIR", help="A sessions folder or one company's. Else SESSIONS_DIR."),
     ] = None,
     company: Companies = None,
     against: Annotated[

@@ -331,12 +331,11 @@ def _report(target: Path, rows: list[FolderRow], columns: tuple[Column, ...]) ->
     failure = None
     if bad:
         named = "; ".join(f"{row.company}: {row.problems[0]}" for row in bad[:5])
+        unread = all(row.verdict is Verdict.UNREADABLE for row in bad)
         failure = Failure(
             "verification-failed",
             f"{len(bad)} of {len(rows)} companies are not well: {named}",
-            AS_OWNER
-            if {row.verdict for row in bad} == {Verdict.UNREADABLE}
-            else f"opsctl sessions restore --to {target}",
+            AS_OWNER if unread else f"opsctl sessions restore --to {target}",
         )
     elif drifted:
         named = "; ".join(f"{row.company}: {row.database}" for row in drifted[:5])
