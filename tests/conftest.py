@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import gc
 import itertools
+import signal
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
@@ -37,6 +38,11 @@ each_postgres = pytest.mark.parametrize("database", [EMBEDDED, DEBIAN], indirect
 def debian_postgres_bin() -> Path | None:
     """The programs of Debian's PostgreSQL 15, if they are installed."""
     return needs.POSTGRESQL_15 if (needs.POSTGRESQL_15 / "postgres").exists() else None
+
+
+def pytest_configure() -> None:
+    """A shell starts what it does not wait for (`... &`) with Ctrl-C ignored, and so would run all that we start."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_finish() -> None:
