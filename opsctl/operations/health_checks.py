@@ -139,7 +139,10 @@ class Server:
         try:
             yield
         finally:
-            if not self.connection.closed:
+            if self.connection.info.transaction_status is pq.TransactionStatus.ACTIVE:
+                # A signal came in the middle of a statement: to ask for more there would fail, and hide the signal.
+                self.connection.close()
+            elif not self.connection.closed:
                 self.connection.execute("ROLLBACK")
 
 

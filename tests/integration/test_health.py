@@ -933,6 +933,26 @@ def test_watch_with_json_is_json_lines_as_often_as_was_asked_for(fleet: Fleet) -
     assert done.returncode == 3
 
 
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["SIGINT", "SIGTERM"])
+def test_a_signal_in_the_middle_of_a_statement_ends_it_and_is_no_row(
+    fleet: Fleet, number: signal.Signals, code: int
+) -> None:
+    environ = {**fleet.env, "PATH": os.environ["PATH"], "PYTHONPATH": str(Path(opsctl.__file__).parents[1])}
+    line = [sys.executable, "-m", "opsctl", "db", "health", "--watch", "--json", "--only", "reach"]
+    with closing(fleet.database.connect(autocommit=False)) as holder:
+        holder.execute("LOCK TABLE whatsapp_auth")  # which the latency is measured with, not by one statement alone
+        with subprocess.Popen(line, env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+            until(lambda: fleet.database.execute("SELECT count(*) FROM pg_locks WHERE NOT granted") == [(1,)])
+            process.send_signal(number)
+            try:
+                stdout, _ = process.communicate(timeout=5)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                raise
+    document = json.loads(stdout)
+    assert (process.returncode, document["exit_code"], document["rows"]) == (code, code, [])
+
+
 def test_a_reader_that_goes_away_ends_the_watch(fleet: Fleet) -> None:
     environ = {**fleet.env, "PATH": os.environ["PATH"], "PYTHONPATH": str(Path(opsctl.__file__).parents[1])}
     line = f"{sys.executable} -m opsctl db health --watch --every 0.2 --json --only sessions"
