@@ -106,7 +106,9 @@ def is_ignored(name: str) -> bool:
     >>> is_ignored("session-1.0.json.bak"), is_ignored("session-1.0.json")
     (True, False)
     """
-    return name == MANIFEST_FILE or _IGNORED.fullmatch(name) is not None
+    if name.endswith(".json"):  # as nearly all do
+        return name == MANIFEST_FILE
+    return _IGNORED.fullmatch(name) is not None
 
 
 def folder_name(company_id: str) -> str:

@@ -145,7 +145,7 @@ class Sides:
         self._origin = origin
         self._entries: dict[str, FileEntry] = dict(entries_of(folder_fd)) if origin else {}
         self._types = {entry.key_type for entry in self._entries.values()}
-        self._published_rows = {bytes.fromhex(e.row): name for name, e in self._entries.items() if e.row}
+        self._published_rows = {entry.row: name for name, entry in self._entries.items() if entry.row}
         self._files: dict[str, _File] = {}
         self._differences: list[_Difference] = []
         self._claims: dict[str, list[_Difference]] = {}
@@ -170,16 +170,15 @@ class Sides:
                 digests[name] = unreadable(error)
                 self._files[name] = _UNREADABLE
                 continue
-            digest = sha256(data)
-            digests[name] = digest.digest()
+            digest = digests[name] = sha256(data).digest()
             entry = self._entries.get(name)
-            untouched = entry is not None and digest.hexdigest() == entry.sha256
+            untouched = entry is not None and digest.hex() == entry.sha256
             if name == CREDS_FILE:
                 self._read_creds(data, untouched=untouched)
             elif untouched:
                 self._files[name] = _UNTOUCHED
             else:
-                self._files[name] = _File(digest.digest(), _value(data), _written_at(self._fd, name))
+                self._files[name] = _File(digest, _value(data), _written_at(self._fd, name))
         if CREDS_FILE in self._files:
             del self._files[CREDS_FILE]
             self.creds_damage = "unreadable"
@@ -199,7 +198,7 @@ class Sides:
         """Rows in COPY's text format, with their line breaks."""
         published, files, same = self._published_rows, self._files, []
         for line in lines.splitlines():
-            name = published.get(row_digest(line))
+            name = published.get(row_digest(line).hex())
             if name is not None and files.get(name) is _UNTOUCHED:
                 del files[name]
                 same.append(self._entries[name])

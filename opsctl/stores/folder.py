@@ -30,7 +30,7 @@ _FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
 _FIRST_READ = 32 * 1024
 """Nearly every file is smaller; a larger buffer costs page faults, file by file."""
 _NEXT_READ = 1024 * 1024
-_LONGEST_LINE = 16 * 1024
+_LINES, _LONGEST_LINE = 64 * 1024, 16 * 1024
 LARGEST_FILE = 256 * 1024 * 1024
 """The service's user may have put anything in the way; PostgreSQL's JSONB ends at 255 MiB."""
 
@@ -82,31 +82,50 @@ def entries_of(folder_fd: int) -> Iterator[tuple[str, FileEntry]]:
 
 def digests_of(folder_fd: int) -> Iterator[tuple[str, str]]:
     """File names and SHA-256 as the manifest lists them. Raises `ManifestDamaged` or OSError."""
-    with _manifest_lines(folder_fd) as lines:
-        yield from read_digests(lines)
+    with _manifest_pieces(folder_fd) as pieces:
+        yield from read_digests(pieces)
 
 
 @contextmanager
 def _manifest(folder_fd: int) -> Iterator[tuple[Origin, Iterator[tuple[str, FileEntry]]]]:
-    with _manifest_lines(folder_fd) as lines:
-        yield read_manifest(lines)
+    with _manifest_pieces(folder_fd) as pieces:
+        yield read_manifest(pieces)
 
 
 @contextmanager
-def _manifest_lines(folder_fd: int) -> Iterator[Iterator[bytes]]:
+def _manifest_pieces(folder_fd: int) -> Iterator[Iterator[bytes]]:
     descriptor = os.open(MANIFEST_FILE, _FILE, dir_fd=folder_fd)
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise ManifestDamaged("it is no file")
+        yield _whole_lines(descriptor)
+    finally:
         os.close(descriptor)
-        raise ManifestDamaged("it is no file")
-    with os.fdopen(descriptor, "rb") as file:
-        yield iter(lambda: file.readline(_LONGEST_LINE), b"")
+
+
+def _whole_lines(descriptor: int) -> Iterator[bytes]:
+    """What a file holds, in pieces that end with a line; the last one as it is."""
+    rest = b""
+    while block := os.read(descriptor, _LINES):
+        lines, line_break, more = block.rpartition(b"\n")
+        if line_break:
+            yield rest + lines + line_break
+            rest = more
+        elif len(rest) < _LONGEST_LINE:
+            rest += block
+        else:  # nobody but us writes one, and we write shorter ones
+            raise ManifestDamaged("a line of it cannot be read")
+    if rest:
+        yield rest
 
 
 def folder_digest(digests: Mapping[str, bytes]) -> str:
     """One digest of all files, from those of each by name."""
+    names = sorted(digests)
+    raw = os.fsencode("\0".join(names)).split(b"\0")  # at once; of no names it is one that is empty
     whole = sha256()
-    for name in sorted(digests):
-        whole.update(b"%b\0%b\n" % (os.fsencode(name), digests[name]))
+    for name, encoded in zip(names, raw, strict=False):
+        whole.update(b"%b\0%b\n" % (encoded, digests[name]))
     return whole.hexdigest()
 
 

@@ -24,6 +24,8 @@ from opsctl.stores.records import (
     Record,
     manifest_lines,
     packed,
+    packed_digest,
+    packed_entry,
     unpacked,
 )
 
@@ -159,9 +161,8 @@ class CompanyWriter:
             self._warn(key_type, problem, name)
         if name in self._entries and not self._is_newer(name, record):
             return
-        digest = sha256(data).hexdigest()
-        entry = FileEntry(digest, key_type, key_id, form, updated_at, expires_at, row.hex() or None)
-        self._write(name, data, entry)
+        digest = sha256(data).digest()
+        self._write(name, data, packed_entry(digest, row, key_type, key_id, form, updated_at, expires_at))
         self._count(key_type, key_id, data)
 
     def adopt(self, name: str, entry: FileEntry, data: bytes, *, in_place: bool) -> None:
@@ -176,7 +177,7 @@ class CompanyWriter:
         if in_place:
             self._entries[name] = packed(entry)
         else:
-            self._write(name, data, entry)
+            self._write(name, data, packed(entry))
         self._count(entry.key_type, entry.key_id, data)
 
     def _is_not_wanted(self, key_type: str, key_id: str, updated_at: str | None) -> bool:
@@ -216,8 +217,8 @@ class CompanyWriter:
         for finding in findings:
             if finding.severity is not credentials.Severity.UNUSABLE:
                 self._warnings.add(f"{CREDS_TYPE}: {finding.message}")
-        digest = sha256(creds).hexdigest()
-        entry = FileEntry(digest, CREDS_TYPE, "", self._creds_form, order.creds_updated_at, None)
+        digest = sha256(creds).digest()
+        entry = packed_entry(digest, b"", CREDS_TYPE, "", self._creds_form, order.creds_updated_at, None)
         if self._fd is not None:
             self._write_manifest([(CREDS_FILE, entry)])
         self._write(CREDS_FILE, creds, entry)
@@ -239,10 +240,10 @@ class CompanyWriter:
 
     def digests(self) -> Iterator[tuple[str, str]]:
         """File names and SHA-256, also where nothing was written."""
-        return ((name, unpacked(entry).sha256) for name, entry in self._entries.items())
+        return ((name, packed_digest(entry)) for name, entry in self._entries.items())
 
-    def _write(self, name: str, data: bytes, entry: FileEntry) -> None:
-        self._entries[name] = packed(entry)
+    def _write(self, name: str, data: bytes, entry: bytes) -> None:
+        self._entries[name] = entry
         size = len(data)
         if self._fd is None:
             self._allocated += -(-size // _BLOCK) * _BLOCK
@@ -297,12 +298,11 @@ class CompanyWriter:
             self._left_out.append(LeftOut(key_type, key_id, why))
         self._warnings.add("left out, because it cannot be a file of its own", why)
 
-    def _write_manifest(self, more: list[tuple[str, FileEntry]]) -> None:
+    def _write_manifest(self, more: list[tuple[str, bytes]]) -> None:
         origin = replace(self._order.origin, me_sha256=self._me_sha256)
-        entries = ((name, unpacked(entry)) for name, entry in self._entries.items())
         descriptor = os.open(MANIFEST_FILE, _CREATE, 0o600, dir_fd=self._fd)
         with open(descriptor, "wb", buffering=256 * 1024) as file:  # noqa: PTH123 - a descriptor has no Path
-            file.writelines(manifest_lines(origin, chain(entries, more)))
+            file.writelines(manifest_lines(origin, chain(self._entries.items(), more)))
 
 
 class CopyDamaged(Exception):
