@@ -192,7 +192,7 @@ def is_double_encoded(value: bytes) -> bool:
 
 
 _COUNTED: Final = tuple(map(str, range(256)))
-"""The keys of a byte array as JavaScript and JSONB enumerate them; longer ones are sorted."""
+"""The keys of a byte array as JavaScript and JSONB enumerate them; most are shorter."""
 _WALKED: Final = frozenset({dict, list, float})
 
 
@@ -247,7 +247,9 @@ def _payload(data: object, notes: set[str]) -> bytes | None:
 
 
 def _uint8array(value: dict[str, object], notes: set[str]) -> bytes | None:
-    if tuple(value) == _COUNTED[: len(value)] and set(map(type, value.values())) == {int}:
+    count = len(value)
+    counted = _COUNTED[:count] if count <= len(_COUNTED) else tuple(map(str, range(count)))
+    if tuple(value) == counted and set(map(type, value.values())) == {int}:
         return _bytes_from(list(value.values()), notes)
     for key in value:
         if not (key.isascii() and key.isdigit()):

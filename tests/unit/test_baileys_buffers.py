@@ -2,6 +2,7 @@
 
 import json
 from base64 import b64encode
+from random import Random
 
 import orjson
 import pytest
@@ -193,6 +194,15 @@ def test_bytes_of_reads_every_form(data: bytes, form: StoredForm) -> None:
     assume(data)
     assert bytes_of(to_form(data, form)) == data
     assert bytes_of(data) == data
+
+
+@given(st.integers(250, 300), st.randoms(use_true_random=False))
+def test_a_long_array_is_read_in_any_order_of_its_keys(size: int, random: Random) -> None:
+    data = random.randbytes(size)
+    items = [(str(index), byte) for index, byte in enumerate(data)]
+    assert bytes_of(dict(items)) == data
+    random.shuffle(items)
+    assert bytes_of(dict(items)) == data
 
 
 @pytest.mark.parametrize("value", [None, 1, "AQI=", [1, 2], {}, {"type": "Buffer"}, {"0": True}, {"0": 256}])
