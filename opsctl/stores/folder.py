@@ -30,7 +30,8 @@ _FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
 _FIRST_READ = 32 * 1024
 """Nearly every file is smaller; a larger buffer costs page faults, file by file."""
 _NEXT_READ = 1024 * 1024
-_LINES, _LONGEST_LINE = 64 * 1024, 16 * 1024
+_LINES = 64 * 1024
+"""Of a manifest, read at once; a line of ours is shorter."""
 LARGEST_FILE = 256 * 1024 * 1024
 """The service's user may have put anything in the way; PostgreSQL's JSONB ends at 255 MiB."""
 
@@ -111,9 +112,9 @@ def _whole_lines(descriptor: int) -> Iterator[bytes]:
         if line_break:
             yield rest + lines + line_break
             rest = more
-        elif len(rest) < _LONGEST_LINE:
+        elif len(rest) < _LINES:
             rest += block
-        else:  # nobody but us writes one, and we write shorter ones
+        else:
             raise ManifestDamaged("a line of it cannot be read")
     if rest:
         yield rest
