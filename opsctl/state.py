@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import orjson
 
+from opsctl.errors import unreadable
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
@@ -48,6 +50,17 @@ class State:
                 size = os.fstat(descriptor).st_size
                 torn = size > 0 and os.pread(descriptor, 1, size - 1) != b"\n"  # by a full disk, or a kill
                 file.write(b"\n" * torn + orjson.dumps(entry, default=str) + b"\n")
+
+    def require_readable(self, name: str) -> None:
+        """Raises `Refused` where `<name>.jsonl` may not be read, or not even be looked for."""
+        path = self.folder / f"{name}.jsonl"
+        try:
+            with path.open("rb"):
+                pass
+        except (FileNotFoundError, NotADirectoryError):
+            pass
+        except OSError as error:
+            raise unreadable(path, error) from None
 
     def entries(self, name: str) -> Iterator[dict[str, Any]]:
         """The JSON lines of `<name>.jsonl`, oldest first; a torn line costs itself only."""

@@ -77,4 +77,6 @@ def history(
     from opsctl.state import State
 
     invocation: Invocation = ctx.obj
-    return drill_history(State(invocation.raw_settings.state_dir).entries("history"), last=last)
+    state = State(invocation.raw_settings.state_dir)
+    state.require_readable("history")
+    return drill_history(state.entries("history"), last=last)

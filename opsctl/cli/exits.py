@@ -30,7 +30,7 @@ _OWN = {
     "keys undo": _CHANGES,
     "keys doctor": _CHANGES,
     "drill run": frozenset({1, 3, 4, 5}),
-    "drill history": frozenset({3, 4}),
+    "drill history": frozenset({3, 4, 5}),
     "runbook list": _OFFLINE,
     "runbook show": _OFFLINE,
     "runbook check": frozenset({1}),

@@ -70,3 +70,13 @@ def test_what_is_named_on_the_line_too(fleet: Fleet, words: tuple[str, ...], cod
     closed.touch(0o600) if words[0] != "sessions" else closed.mkdir(0o700)
     done = fleet.opsctl(*words, closed, before=AS_NOBODY)
     assert (done.returncode, f"{closed} cannot be read: Permission denied" in done.stderr) == (code, True), done
+
+
+def test_a_history_that_may_not_be_read_is_not_said_to_be_empty(fleet: Fleet) -> None:
+    assert fleet.opsctl("drill", "history", before=AS_NOBODY).returncode == 0
+    fleet.place.chmod(0o755)
+    fleet.state.mkdir(mode=0o755, exist_ok=True)
+    (fleet.state / "history.jsonl").touch(0o600)
+    done = fleet.opsctl("drill", "history", before=AS_NOBODY)
+    assert (done.returncode, "no drill" in done.stdout + done.stderr) == (5, False)
+    assert f"{fleet.state}/history.jsonl cannot be read: Permission denied" in done.stderr
