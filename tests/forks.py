@@ -174,7 +174,8 @@ def _answer(connection: socket.socket) -> NoReturn:
 
 
 def _become(order: dict[str, Any]) -> NoReturn:
-    from opsctl.cli import app, frame, tree
+    from opsctl import cli
+    from opsctl.cli import frame, tree
 
     os.setsid()
     for number, name in enumerate(("stdin", "stdout", "stderr")):
@@ -190,7 +191,7 @@ def _become(order: dict[str, Any]) -> NoReturn:
     sys.argv = ["opsctl", *order["words"]]
     try:
         exec(order["before"], {})
-        code = frame.main(app)
+        code = frame.main(cli.app)
         sys.stdout.flush()
         sys.stderr.flush()
     except BaseException:  # noqa: BLE001 - a fork must never return into the loop of its parent

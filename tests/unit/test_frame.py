@@ -21,12 +21,16 @@ import typer
 import opsctl
 from opsctl.cli import frame
 from tests import needs
+from tests.forks import Finished
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
+    from tests.forks import Forks
+
 REPOSITORY = Path(__file__).parents[2]
 COMMANDS = [sys.executable, str(Path(__file__).with_name("invented_commands.py"))]
+INVENTED = "from opsctl import cli; from tests.unit.invented_commands import app; cli.app = app"
 SECRET = "a-row-with-a-private-key"
 
 ENVELOPE = [
@@ -51,8 +55,9 @@ ENVELOPE = [
 class Place:
     """A folder to run the invented commands in, with an environment that has nothing of whoever runs the tests."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, forking: Forks) -> None:
         self.folder = folder
+        self._forking = forking
         self.state = folder / "state"
         self.environ = {
             "PATH": os.environ["PATH"],
@@ -64,15 +69,20 @@ class Place:
         }
 
     def start(self, *words: str, before: tuple[str, ...] = (), **options: Any) -> subprocess.Popen[bytes]:
+        """A process of its own from its first import on."""
         environ = {**self.environ, **options.pop("env", {})}
         return subprocess.Popen([*before, *COMMANDS, *words], env=environ, **{"cwd": self.folder, **options})
 
-    def run(self, *words: str, before: tuple[str, ...] = (), **options: Any) -> subprocess.CompletedProcess[str]:
-        """Run to the end, without a terminal."""
+    def started(self, *words: str, before: tuple[str, ...] = (), **options: Any) -> Finished:
+        """`start` and wait for the end, without a terminal."""
         streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         with self.start(*words, before=before, **{**streams, **options}) as process:
             out, err = process.communicate(timeout=60)
-        return subprocess.CompletedProcess(words, process.returncode, (out or b"").decode(), (err or b"").decode())
+        return Finished(process.returncode, out.decode(), err.decode())
+
+    def run(self, *words: str, env: Mapping[str, str] | None = None) -> Finished:
+        """The same in a process that is forked where everything is imported already."""
+        return self._forking.run(*words, env={**self.environ, **(env or {})}, before=INVENTED, cwd=self.folder)
 
     def shell(self, line: str) -> subprocess.CompletedProcess[str]:
         """Run a line of shell in which $OPSCTL is the invented command line."""
@@ -81,15 +91,20 @@ class Place:
             ["bash", "-c", line], cwd=self.folder, env=environ, capture_output=True, text=True, check=False, timeout=60
         )
 
-    def json(self, *words: str, **options: Any) -> dict[str, Any]:
-        """The one document of `--json`, checked against the process's exit code and for silence beside it."""
-        done = self.run(*words, "--json", **options)
+    def json(self, *words: str, env: Mapping[str, str] | None = None) -> dict[str, Any]:
+        """The document of a `run` with `--json`, which is silent beside it."""
+        done = self.run(*words, "--json", env=env)
         assert done.stderr == ""
-        assert done.stdout.count("\n") == 1
-        document: dict[str, Any] = json.loads(done.stdout)
-        assert document["exit_code"] == done.returncode
-        assert list(document) == ENVELOPE
-        return document
+        return document_of(done)
+
+
+def document_of(done: Finished) -> dict[str, Any]:
+    """The one document on stdout, checked against the process's exit code."""
+    assert done.stdout.count("\n") == 1
+    document: dict[str, Any] = done.json()
+    assert document["exit_code"] == done.returncode
+    assert list(document) == ENVELOPE
+    return document
 
 
 class Terminal:
@@ -130,8 +145,8 @@ class Terminal:
 
 
 @pytest.fixture
-def place(tmp_path: Path) -> Place:
-    return Place(tmp_path)
+def place(tmp_path: Path, forking: Forks) -> Place:
+    return Place(tmp_path, forking)
 
 
 @pytest.fixture
@@ -339,7 +354,7 @@ def test_ctrl_c_ends_a_command_with_130(place: Place) -> None:
 
 def test_a_command_that_does_not_look_at_the_clock_is_stopped_after_its_deadline(place: Place) -> None:
     started = time.monotonic()
-    document = place.json("wait", "cleaned-up", "--deadline", "0.1", stderr=subprocess.DEVNULL)
+    document = document_of(place.run("wait", "cleaned-up", "--deadline", "0.1", "--json"))
     assert time.monotonic() - started < 10
     assert (document["exit_code"], document["error"]["kind"]) == (4, "deadline")
     assert document["summary"] == "not done within 0.1 s"
@@ -384,9 +399,10 @@ def test_a_full_device_behind_stderr_changes_nothing(place: Place) -> None:
 
 @pytest.mark.parametrize("encoding", [{"LANG": "C"}, {"PYTHONIOENCODING": "ascii"}, {"LC_ALL": "POSIX"}], ids=str)
 def test_no_locale_makes_an_answer_raise(place: Place, encoding: dict[str, str]) -> None:
-    assert place.run("group", "nasty", "--verbose", env=encoding).returncode == 0
-    assert place.run("group", "table", env=encoding).returncode == 0
-    assert place.json("group", "nasty", env=encoding)["facts"] == {"huge": 2**70}
+    assert place.started("group", "nasty", "--verbose", env=encoding).returncode == 0
+    assert place.started("group", "table", env=encoding).returncode == 0
+    document = document_of(place.started("group", "nasty", "--json", env=encoding))
+    assert document["facts"] == {"huge": 2**70}
 
 
 # What it prints
@@ -598,13 +614,13 @@ def test_since_understands_other_zones(place: Place) -> None:
 
 def test_the_clock_starts_with_the_process_not_with_the_body(place: Place) -> None:
     started = time.monotonic()
-    elapsed_s = place.json("emergency")["rto"]["elapsed_s"]
+    elapsed_s = document_of(place.started("emergency", "--json"))["rto"]["elapsed_s"]
     assert 0.05 < elapsed_s <= time.monotonic() - started + 0.02  # the kernel counts in ticks of 10 ms
 
 
 def test_a_timed_run_is_a_line_of_history_that_only_its_owner_reads(place: Place) -> None:
-    place.run("emergency", umask=0)
-    place.run("emergency", "--met", umask=0)
+    place.started("emergency", umask=0)
+    place.started("emergency", "--met", umask=0)
     place.run("group", "done")
     history = place.state / "history.jsonl"
     assert stat.S_IMODE(place.state.stat().st_mode) == 0o700
@@ -634,14 +650,14 @@ def test_a_state_folder_on_a_read_only_mount_stops_nothing(place: Place) -> None
     place.state.mkdir()
     mounted = 'mount --bind "$OPSCTL_STATE_DIR" "$OPSCTL_STATE_DIR" && mount -o remount,ro,bind "$OPSCTL_STATE_DIR"'
     before = ("unshare", "--mount", "sh", "-c", f'{mounted} && ! touch "$OPSCTL_STATE_DIR/x" 2>&- && exec "$@"', "sh")
-    assert place.json("emergency", before=before)["exit_code"] == 0
+    assert place.started("emergency", before=before).returncode == 0
     assert list(place.state.iterdir()) == []
 
 
 @needs.namespace("user")
 def test_a_user_without_a_home_is_told_that_there_is_no_history(place: Place) -> None:
     before = ("unshare", "--user", "--map-user=54321", "--map-group=54321", "env", "--unset=HOME")
-    done = place.run("emergency", before=before, env={"OPSCTL_STATE_DIR": ""})
+    done = place.started("emergency", before=before, env={"OPSCTL_STATE_DIR": ""})
     assert done.returncode == 0, done.stderr
     assert "opsctl: this run could not be kept in the history: SettingsError\n" in done.stderr
 
