@@ -28,6 +28,7 @@ from tests.integration.receivers import HANGING, free_port
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from tests.forks import Finished, Forks
     from tests.integration.fleet import Fleet
     from tests.integration.receivers import Kent, Recorder
 
@@ -66,20 +67,19 @@ def cleanup(ctx: typer.Context, end: Annotated[str, typer.Option()] = "0", dry_r
 def sync(ctx: typer.Context) -> Report:
     "No cleanup."
     return Report("done")
-
-sys.exit(frame.main(app))
 """
 
 
 class Machine:
     """Runs the invented jobs as cron does, or on a terminal."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, forking: Forks) -> None:
         self.folder = folder
+        self._forking = forking
         self.before: tuple[str, ...] = ()
         self.state = folder / "state"
         self.program = folder / "program.py"
-        self.program.write_text(PROGRAM)
+        self.program.write_text(f"{PROGRAM}\nsys.exit(frame.main(app))\n")
         self.env = {
             "PATH": os.environ["PATH"],
             "PYTHONPATH": str(Path(opsctl.__file__).parents[1]),
@@ -90,7 +90,12 @@ class Machine:
     def words(self, *words: str) -> list[str]:
         return [*self.before, sys.executable, str(self.program), *words]
 
-    def run(self, *words: str, **env: str) -> subprocess.CompletedProcess[str]:
+    def run(self, *words: str, **env: str) -> Finished:
+        before = f"{PROGRAM}\nfrom opsctl import cli\ncli.app = app\n"
+        return self._forking.run(*words, env={**self.env, **env}, before=before, cwd=self.folder, timeout=30)
+
+    def started(self, *words: str, **env: str) -> subprocess.CompletedProcess[str]:
+        """The same with all of Python's start."""
         return subprocess.run(
             self.words(*words), env={**self.env, **env}, cwd=self.folder, check=False, stdin=subprocess.DEVNULL,
             capture_output=True, text=True, timeout=30,
@@ -113,8 +118,8 @@ class Machine:
 
 
 @pytest.fixture
-def machine(tmp_path: Path) -> Machine:
-    return Machine(tmp_path)
+def machine(tmp_path: Path, forking: Forks) -> Machine:
+    return Machine(tmp_path, forking)
 
 
 # --- check-ins --------------------------------------------------------------------------------------------------------
@@ -270,7 +275,7 @@ def added_seconds(machine: Machine, **env: str) -> float:
         times = []
         for told in ({}, env):
             started = time.monotonic()
-            done = machine.run("keys", "cleanup", "--end", "1", "--quiet", **told)
+            done = machine.started("keys", "cleanup", "--end", "1", "--quiet", **told)
             times.append(time.monotonic() - started)
             assert (done.returncode, done.stderr) == (1, "opsctl keys cleanup: it failed\n")
         added.append(times[1] - times[0])
@@ -286,7 +291,7 @@ def everybody(url: str) -> dict[str, str]:
 def delivered_later(machine: Machine, recorder: Recorder) -> bool:
     """Whether the next run brings the one event and the one message that waited, and the one after it nothing."""
     for _ in range(2):
-        machine.run("keys", "cleanup", "--dry-run", **everybody(recorder.url))
+        machine.started("keys", "cleanup", "--dry-run", **everybody(recorder.url))
     messages = [request for request in recorder.received if b"/bot1:token/sendMessage" in request]
     return (len(recorder.events), len(messages), len(recorder.received)) == (1, 1, 2)
 
