@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from opsctl.__main__ import COLLECT_AFTER
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -47,6 +47,52 @@ class Finished:
         return json.loads(self.stdout)
 
 
+class Running:
+    """One run, as `subprocess.Popen` shows it: while it goes on, and after. It leads a session of its own."""
+
+    def __init__(self, connection: socket.socket, streams: Mapping[str, str]) -> None:
+        self._connection = connection
+        self._streams = streams
+        self._answers = connection.makefile()
+        self.pid = int(self._answers.readline())
+        self.returncode: int | None = None
+
+    def poll(self) -> int | None:
+        """The exit code, if it has ended."""
+        with suppress(subprocess.TimeoutExpired):
+            self.wait(0)
+        return self.returncode
+
+    def wait(self, timeout: float | None = None) -> int:
+        """The exit code. Raises `subprocess.TimeoutExpired`."""
+        if self.returncode is None:
+            if not select.select([self._connection], [], [], timeout)[0]:
+                raise subprocess.TimeoutExpired("opsctl", timeout or 0)
+            self.returncode = int(self._answers.readline())
+            self._answers.close()
+            self._connection.close()
+        return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        """To the run alone, if it goes on."""
+        with suppress(ProcessLookupError):
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+    def end(self) -> Finished:
+        """Kill it with all that it has started, if it goes on, and take its output away."""
+        if self.returncode is None:
+            with suppress(ProcessLookupError):
+                os.killpg(self.pid, signal.SIGKILL)
+        code = self.wait(30)
+        out, err = (Path(self._streams[stream]).read_text() for stream in ("stdout", "stderr"))
+        for name in self._streams.values():
+            Path(name).unlink()
+        return Finished(code, out, err)
+
+
 class Forks:
     """The process that forks, seen from a test. Made by `forks`."""
 
@@ -54,35 +100,47 @@ class Forks:
         self._address = address
         self._numbers = itertools.count(1)
 
+    def start(
+        self,
+        *words: str | Path,
+        env: Mapping[str, str],
+        before: str = "",
+        inside: str = "",
+        stdin: str = "",
+        cwd: Path | None = None,
+    ) -> Running:
+        """Begin to run opsctl with `env` and PATH, and nothing else of the environment.
+
+        What it runs of opsctl, in a drill, is forked too, with `inside` for its `before`.
+        """
+        base = self._address.with_name(f"run-{os.getpid()}-{next(self._numbers)}")
+        names = {stream: str(base.with_suffix(f".{stream}")) for stream in ("stdin", "stdout", "stderr")}
+        Path(names["stdin"]).write_text(stdin)
+        environment = {"PATH": os.environ["PATH"], "PYTHONPATH": str(REPOSITORY), **env}
+        order = {"words": [*map(str, words)], "env": environment, "before": before, "cwd": str(cwd or "/"), **names}
+        order |= {"address": str(self._address), "inside": inside}
+        connection = socket.socket(socket.AF_UNIX)
+        connection.connect(str(self._address))
+        connection.sendall(json.dumps(order).encode() + b"\n")
+        return Running(connection, names)
+
     def run(
         self,
         *words: str | Path,
         env: Mapping[str, str],
         before: str = "",
+        inside: str = "",
         stdin: str = "",
         cwd: Path | None = None,
         timeout: float = 120,
     ) -> Finished:
-        """Run opsctl with `env` and PATH, and nothing else of the environment. Raises `subprocess.TimeoutExpired`."""
-        base = self._address.with_name(f"run-{next(self._numbers)}")
-        names = {stream: str(base.with_suffix(f".{stream}")) for stream in ("stdin", "stdout", "stderr")}
-        Path(names["stdin"]).write_text(stdin)
-        environment = {"PATH": os.environ["PATH"], "PYTHONPATH": str(REPOSITORY), **env}
-        order = {"words": [*map(str, words)], "env": environment, "before": before, "cwd": str(cwd or "/"), **names}
-        with socket.socket(socket.AF_UNIX) as connection:
-            connection.connect(str(self._address))
-            connection.sendall(json.dumps(order).encode() + b"\n")
-            answers = connection.makefile()
-            pid = int(answers.readline())
-            if not select.select([connection], [], [], timeout)[0]:
-                with suppress(ProcessLookupError):
-                    os.killpg(pid, signal.SIGKILL)
-                raise subprocess.TimeoutExpired(["opsctl", *map(str, words)], timeout)
-            code = int(answers.readline())
-        out, err = (Path(names[stream]).read_text() for stream in ("stdout", "stderr"))
-        for name in names.values():
-            Path(name).unlink()
-        return Finished(code, out, err)
+        """`start`, and wait for the end. Raises `subprocess.TimeoutExpired`."""
+        running = self.start(*words, env=env, before=before, inside=inside, stdin=stdin, cwd=cwd)
+        try:
+            running.wait(timeout)
+        finally:
+            finished = running.end()
+        return finished
 
 
 @contextmanager
@@ -189,6 +247,7 @@ def _become(order: dict[str, Any]) -> NoReturn:
     if order["env"]["PYTHONPATH"] != str(REPOSITORY):  # other modules than those that are imported here
         os.execv(sys.executable, [sys.executable, "-m", "opsctl", *order["words"]])
     sys.argv = ["opsctl", *order["words"]]
+    _fork_what_it_runs(Forks(Path(order["address"])), order["inside"])
     try:
         exec(order["before"], {})
         code = frame.main(cli.app)
@@ -204,6 +263,33 @@ def _become(order: dict[str, Any]) -> NoReturn:
         os.write(2, f"opsctl/cli/exits.py does not have that this command ends with {code}\n".encode())
         os._exit(99)
     os._exit(code)
+
+
+def _fork_what_it_runs(forking: Forks, before: str) -> None:
+    from opsctl import process
+
+    start_of_opsctl = process.opsctl_words()
+    run_program, start_program = process.run, process.start
+
+    def of_opsctl(words: Sequence[str]) -> Sequence[str] | None:
+        length = len(start_of_opsctl)
+        return words[length:] if list(words[:length]) == start_of_opsctl else None
+
+    def run(words: Sequence[str], *, environment: Mapping[str, str], timeout_s: float, **more: Any) -> process.Finished:
+        own = of_opsctl(words)
+        if own is None:
+            return run_program(words, environment=environment, timeout_s=timeout_s, **more)
+        assert not more
+        done = forking.run(*own, env=environment, before=before, cwd=Path.cwd(), timeout=timeout_s)
+        return process.Finished(done.returncode, done.stdout.encode(), done.stderr)
+
+    def start(words: Sequence[str], *, environment: Mapping[str, str]) -> subprocess.Popen[bytes] | Running:
+        own = of_opsctl(words)
+        if own is None:
+            return start_program(words, environment=environment)
+        return forking.start(*own, env=environment, before=before, cwd=Path.cwd())
+
+    process.run, process.start = run, start  # type: ignore[assignment]
 
 
 AS_NOBODY = "import os; os.chdir('/'); os.setgroups([]); os.setgid(65534); os.setuid(65534)"

@@ -49,7 +49,8 @@ def sentry() -> Iterator[Recorder]:
 class Stage:
     """Where drills are run: settings of an installation that they must not touch, and folders to look into."""
 
-    def __init__(self, place: Path, sentry: Recorder) -> None:
+    def __init__(self, place: Path, sentry: Recorder, forking: Forks) -> None:
+        self._forking = forking
         self.scratch = place / "scratch"
         self.temporary = place / "tmp"
         self.state = place / "state"
@@ -70,10 +71,13 @@ class Stage:
             "SENTRY_DSN": sentry.dsn,
         }
 
-    def start(self, *words: str, program: tuple[str, ...] = ("-m", "opsctl")) -> subprocess.Popen[str]:
-        given = ["drill", "run", *SMALL, "--scratch", str(self.scratch), *words]
+    def words(self, *words: str) -> list[str]:
+        return ["drill", "run", *SMALL, "--scratch", str(self.scratch), *words]
+
+    def start(self, *words: str) -> subprocess.Popen[str]:
+        """As an operator types it."""
         return subprocess.Popen(
-            [sys.executable, *program, *given],
+            [sys.executable, "-m", "opsctl", *self.words(*words)],
             env=self.env,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
@@ -81,22 +85,17 @@ class Stage:
             text=True,
         )
 
-    def drill(self, *words: str, program: tuple[str, ...] = ("-m", "opsctl")) -> tuple[int, dict[str, Any]]:
-        process = self.start("--json", *words, program=program)
-        stdout, stderr = process.communicate(timeout=60)
-        assert stderr == ""
-        document: dict[str, Any] = json.loads(stdout)
-        assert document["exit_code"] == process.returncode
-        return process.returncode, document
+    def drill(self, *words: str, before: str = "", inside: str = "") -> tuple[int, dict[str, Any]]:
+        done = self._forking.run(*self.words("--json", *words), env=self.env, before=before, inside=inside)
+        assert done.stderr == ""
+        document: dict[str, Any] = done.json()
+        assert document["exit_code"] == done.returncode
+        return done.returncode, document
 
     def history(self, *words: str) -> dict[str, Any]:
-        done = subprocess.run(
-            [sys.executable, "-m", "opsctl", "drill", "history", "--json", *words],
-            env=self.env,
-            capture_output=True,
-            check=True,
-        )
-        document: dict[str, Any] = json.loads(done.stdout)
+        done = self._forking.run("drill", "history", "--json", *words, env=self.env)
+        assert done.returncode == 0, done
+        document: dict[str, Any] = done.json()
         return document
 
     def nothing_is_left(self) -> None:
@@ -106,9 +105,9 @@ class Stage:
 
 
 @pytest.fixture
-def stage(place: Path, sentry: Recorder) -> Iterator[Stage]:
+def stage(place: Path, sentry: Recorder, forking: Forks) -> Iterator[Stage]:
     sentry.received.clear()
-    yield Stage(place, sentry)
+    yield Stage(place, sentry, forking)
     assert sentry.events == []  # however a drill ends, nobody is alarmed; whoever watches cron's drill is told
 
 
@@ -169,13 +168,6 @@ def test_history_shows_earlier_drills_oldest_first_and_as_many_as_asked(stage: S
 # --- drills that fail -------------------------------------------------------------------------------------------------
 
 
-def sabotaged(inside: str) -> tuple[str, str]:
-    """A drill whose every opsctl runs this text first."""
-    text = f"{inside}\nfrom opsctl.cli import main; main()"
-    outside = f"process.opsctl_words = lambda *words: [sys.executable, '-c', {text!r}, *words]"
-    return "-c", f"import sys, opsctl.process as process\n{outside}\nfrom opsctl.cli import main; main()"
-
-
 WRONG_MODE = """
 import opsctl.stores.staging as staging, os
 real = staging.CompanyWriter.finish
@@ -216,12 +208,12 @@ publishing.SessionsRoot.staging = staging
         (WRONG_MODE, "every file has its owner and 0600"),
         (LOST_SESSION, "every company loads, logs in and equals the database"),
         (NOT_ATOMIC, "killed half-way, each folder is whole"),
-        ("import sys; sys.exit(4)", "a copy into an empty folder"),
+        ("import os; os._exit(4)", "a copy into an empty folder"),
     ],
     ids=["wrong mode", "lost session", "not atomic", "no restore"],
 )
 def test_a_drill_that_finds_something_wrong_ends_with_1_and_says_what(stage: Stage, inside: str, check: str) -> None:
-    code, document = stage.drill(program=sabotaged(inside))
+    code, document = stage.drill(inside=inside)
     assert code == 1, document
     assert check in [row["check"] for row in document["rows"] if not row["passed"]]
     assert check in document["error"]["message"]
@@ -272,8 +264,7 @@ def test_a_scratch_folder_that_is_not_there_is_named(stage: Stage) -> None:
 
 
 def test_without_an_embedded_server_the_drill_says_how_to_get_one(stage: Stage) -> None:
-    program = ("-c", "import opsctl.embedded as e; e.WHEEL_PACKAGE = 'missing'; from opsctl.cli import main; main()")
-    code, document = stage.drill(program=program)
+    code, document = stage.drill(before="import opsctl.embedded as e; e.WHEEL_PACKAGE = 'missing'")
     assert code == 5
     assert "is not installed" in document["error"]["message"]
     assert "pip install" in document["error"]["hint"]

@@ -7,7 +7,6 @@ import random
 import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 from contextlib import contextmanager, suppress
@@ -29,7 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from opsctl.embedded import EmbeddedServer
-    from tests.forks import Finished, Forks
+    from tests.forks import Finished, Forks, Running
 
 COMPANIES = 3
 REPOSITORY = Path(__file__).parents[2]
@@ -106,19 +105,8 @@ class Site:
         given = words or ("restore", "--service-stopped")
         return self.forking.run("sessions", *given, "--json", env=self.env(version), before=before)
 
-    def started(self, version: Version) -> subprocess.Popen[bytes]:
-        """As an operator types it; in a session of its own, so that all its processes can be found."""
-        words = [sys.executable, "-m", "opsctl", "sessions", "restore", "--service-stopped"]
-        with (self.home / "stderr").open("wb") as stderr:
-            return subprocess.Popen(
-                words,
-                env=self.env(version),
-                cwd=self.home,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=stderr,
-                start_new_session=True,
-            )
+    def started(self, version: Version) -> Running:
+        return self.forking.start("sessions", "restore", "--service-stopped", env=self.env(version), cwd=self.home)
 
     def folders(self) -> dict[str, Digests]:
         return {p.name: digests_of(p) for p in sorted(self.sessions.iterdir()) if p != self.own}
@@ -156,6 +144,13 @@ def processes_of_session(leader: int) -> list[int]:
     return found
 
 
+def children_of(pid: int) -> list[int]:
+    try:
+        return [*map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())]
+    except OSError:
+        return []
+
+
 def wait_until_nothing_runs(leader: int) -> None:
     deadline = time.monotonic() + 5
     while processes_of_session(leader):
@@ -163,37 +158,29 @@ def wait_until_nothing_runs(leader: int) -> None:
         time.sleep(0.005)
 
 
-def exit_code(process: subprocess.Popen[bytes]) -> int:
-    """As a shell shows it."""
-    code = process.wait(30)
-    return code if code >= 0 else 128 - code
-
-
 # --- at random instants -----------------------------------------------------------------------------------------------
 
 KILLS = 30
 
 
-def until_it_writes(process: subprocess.Popen[bytes], site: Site) -> None:
+def until_it_writes(process: Running, site: Site) -> None:
     """Return as soon as it stages folders, or is over."""
     before = set(site.left())
     while process.poll() is None and not any(name.startswith("staging-") for name in set(site.left()) - before):
         time.sleep(0.001)
 
 
-def kill(process: subprocess.Popen[bytes], victim: str, instant_s: float) -> None:
+def kill(process: Running, victim: str, instant_s: float) -> None:
     time.sleep(instant_s)
-    if victim == "everybody":
-        with suppress(ProcessLookupError):
+    with suppress(ProcessLookupError):  # it was over before
+        if victim == "everybody":
             os.killpg(process.pid, signal.SIGKILL)
-    elif victim == "parent":
-        process.kill()
-    else:
-        # From that instant on, the first worker there is; a run that is over has none.
-        while process.poll() is None and not (workers := set(processes_of_session(process.pid)) - {process.pid}):
-            time.sleep(0.002)
-        if process.poll() is None:
-            with suppress(ProcessLookupError):  # it ended meanwhile, as its run is about to
+        elif victim == "parent":
+            process.kill()
+        else:  # from that instant on, the first worker there is
+            while process.poll() is None and not (workers := children_of(process.pid)):
+                time.sleep(0.002)
+            if process.poll() is None:
                 os.kill(max(workers), signal.SIGKILL)
     process.wait(30)
 
@@ -204,7 +191,7 @@ def test_killed_at_many_random_instants_each_folder_is_the_old_or_the_new_one_wh
     source = random.Random(20)
     assert site.forked("A").returncode == 0
     started = time.monotonic()
-    assert exit_code(site.started("B")) == 0
+    assert site.forked("B").returncode == 0
     whole_run_s = time.monotonic() - started
     wanted: Version
     left: set[str] = set()
@@ -251,11 +238,14 @@ def test_a_signal_at_random_instants_ends_with_its_code_and_nothing_staged(
                 os.killpg(process.pid, number)  # as a terminal does
             else:
                 os.kill(process.pid, number)
-        code = exit_code(process)
+        code = process.wait(30)
+        code = (
+            code if code >= 0 else 128 - code
+        )  # as a shell shows it: of a run that was done and met it at its very end
         wait_until_nothing_runs(process.pid)
         every_folder_is_whole(site, versions)
         assert site.left() == []
-        assert b"Traceback" not in (site.home / "stderr").read_bytes()
+        assert "Traceback" not in process.end().stderr
         assert code in {0, 128 + number}  # 0: it was done before
         stopped += code == 128 + number
     assert stopped >= 2
