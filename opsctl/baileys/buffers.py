@@ -30,11 +30,16 @@ class StoredForm(StrEnum):
 
 
 class Normalised(NamedTuple):
-    """A value as Baileys would write it; where there is a `problem`, the value as it was found."""
+    """A value as Baileys would write it; where there is a `problem`, the part that has it is as it was found."""
 
     data: bytes
     form: StoredForm
     problem: str | None
+
+    @property
+    def unreadable(self) -> bool:
+        """Whether the problem is one of the whole value."""
+        return self.problem in {_NOT_JSON, _TOO_DEEP}
 
 
 # Enum members cost 0.15 us to look up and to hash; these are for the 230,000 values of a restore.
@@ -73,8 +78,8 @@ _NOT_BYTES: Final = "a Buffer object whose data are not bytes"
 def normalise(text: bytes) -> Normalised:
     """JSON text in any spelling -> what `JSON.stringify(value, BufferJSON.replacer)` writes once it is revived.
 
-    Keys keep their order. What cannot be rewritten without loss is returned as it is, with a problem that quotes
-    nothing of it: it may be a private key.
+    Keys keep their order. What cannot be rewritten without loss stays as it is, and what is beside it does not: one
+    field that is no bytes must not keep the others from being read. The problem quotes nothing of a private key.
 
     >>> normalise(b'{"public": {"data": [1, 2], "type": "Buffer"}}').data
     b'{"public":{"type":"Buffer","data":"AQI="}}'
@@ -122,15 +127,14 @@ def _pre_key_or_one_buffer(text: bytes) -> bytes | None:
 def _normalise_walking(text: bytes, value: object) -> Normalised:
     notes: set[str] = set()
     compact = orjson.dumps(_walk(value, notes), default=_base64_object)
+    problem = None
+    if _FLOAT_NOTE in notes and not _numbers_survive(text):
+        compact, problem = _as_text(_walked_with_numbers_as_spelled(text)).encode(), _LOSSY_NUMBER
     if _NOT_BYTES in notes:
-        return Normalised(text, _NONE, _NOT_BYTES)
-    if _FLOAT_NOTE in notes:
-        if not _numbers_survive(text):
-            return Normalised(text, _NONE, _LOSSY_NUMBER)
-        notes.discard(_FLOAT_NOTE)
-    if len(notes) == 1:
-        return Normalised(compact, StoredForm(notes.pop()), None)
-    return Normalised(compact, StoredForm.MIXED if notes else _NONE, None)
+        problem = _NOT_BYTES
+    forms = notes - {_FLOAT_NOTE, _NOT_BYTES}
+    form = StoredForm(*forms) if len(forms) == 1 else StoredForm.MIXED if forms else _NONE
+    return Normalised(compact, form, problem)
 
 
 def revive(value: object) -> object:
@@ -168,7 +172,11 @@ def in_form(normalised: bytes, form: StoredForm) -> str:
     # Most values hold no bytes (a session is bare base64 strings), and those of others have this form already.
     if form is StoredForm.BASE64 or _MAY_HOLD_BYTES.search(normalised) is None:
         return normalised.decode()
-    return orjson.dumps(to_form(revive(orjson.loads(normalised)), form)).decode()
+    notes: set[str] = set()
+    value = _walk(orjson.loads(normalised), notes)
+    if _FLOAT_NOTE in notes and not _numbers_survive(normalised):
+        return _as_text(to_form(_walked_with_numbers_as_spelled(normalised), form))
+    return orjson.dumps(to_form(value, form)).decode()
 
 
 def bytes_of(value: object) -> bytes | None:
@@ -235,15 +243,16 @@ def _bytes_in(value: dict[str, object], notes: set[str]) -> bytes | None:
 
 
 def _payload(data: object, notes: set[str]) -> bytes | None:
-    if type(data) is list:
-        notes.add(_LIST_NOTE)
-        return _bytes_from(data, notes)
-    if type(data) is str:
-        notes.add(_TEXT_NOTE)
-        return _from_base64(data)
     if type(data) is dict:  # Baileys writes such an object back as one Buffer
         return _bytes_in(data, notes)
-    return None
+    found, note = None, _LIST_NOTE
+    if type(data) is list:
+        found = _bytes_from(data, notes)
+    elif type(data) is str:
+        found, note = _from_base64(data), _TEXT_NOTE
+    if found is not None:
+        notes.add(note)
+    return found
 
 
 def _uint8array(value: dict[str, object], notes: set[str]) -> bytes | None:
@@ -306,6 +315,37 @@ def _replace_bytes(value: object, write: Callable[[bytes], object]) -> object:
     if isinstance(value, list):
         return [_replace_bytes(item, write) for item in value]
     return value
+
+
+class _Spelled(str):
+    """A number by its digits: more of them than a double or an integer of 64 bits has room for."""
+
+    __slots__ = ()
+
+
+def _walked_with_numbers_as_spelled(text: bytes) -> object:
+    import json
+    from decimal import Decimal
+
+    def fraction(digits: str) -> float | _Spelled:
+        number = float(digits)
+        return number if Decimal(digits) == Decimal(repr(number)) else _Spelled(digits)
+
+    def integer(digits: str) -> int | _Spelled:
+        return int(digits) if len(digits) < 19 else _Spelled(digits)
+
+    return _walk(json.loads(text, parse_float=fraction, parse_int=integer), set())
+
+
+def _as_text(value: object) -> str:
+    if isinstance(value, _Spelled):
+        return str(value)
+    if isinstance(value, dict):
+        items = [f"{orjson.dumps(key).decode()}:{_as_text(item)}" for key, item in value.items()]
+        return f"{{{','.join(items)}}}"
+    if isinstance(value, list):
+        return f"[{','.join(map(_as_text, value))}]"
+    return orjson.dumps(value, default=_base64_object).decode()
 
 
 def _numbers_survive(text: bytes) -> bool:

@@ -189,8 +189,8 @@ class Sides:
         normalised = buffers.normalise(data)
         examined = credentials.examine(normalised.data)
         unusable = [f.message for f in examined.findings if f.severity is credentials.Severity.UNUSABLE]
-        if normalised.problem is not None or (unusable and not untouched):
-            self.creds_damage = "torn" if normalised.problem else f"damaged: {unusable[0]}"
+        if normalised.unreadable or (unusable and not untouched):
+            self.creds_damage = "torn" if normalised.unreadable else f"damaged: {unusable[0]}"
         else:
             self.creds = normalised.data
 

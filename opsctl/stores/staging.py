@@ -140,6 +140,8 @@ class CompanyWriter:
         normalised = buffers.normalise(order.creds)
         self._creds_form = order.creds_form or normalised.form
         self._examined = credentials.examine(normalised.data)
+        if normalised.problem and not self._examined.unusable:
+            self._warnings.add(f"{CREDS_TYPE}: {normalised.problem}")
         me_id = self._examined.me_id
         self._me_sha256 = credentials.me_fingerprint(me_id) if me_id else None
         self._creds = normalised.data

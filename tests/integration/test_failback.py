@@ -96,6 +96,18 @@ def test_what_was_written_on_the_folder_goes_back_and_the_rest_keeps_its_times(l
             assert created_at == before[company, key_type, key_id][4]
 
 
+@pytest.mark.parametrize("field", ['{"type": "Buffer"}', "0.1234567890123456789"])
+def test_creds_with_a_field_that_cannot_be_rewritten_go_out_and_back_to_the_digit(fleet: Fleet, field: str) -> None:
+    read = "SELECT creds->>'odd', creds->'noiseKey', creds->>'accountSyncCounter' FROM whatsapp_auth"
+    fleet.database.execute(f"UPDATE whatsapp_auth SET creds = creds || '{{\"odd\": {field}}}'")
+    ((_, noise_key, _),) = fleet.database.execute(f"{read} WHERE company_id = %s", [FIRST])
+    fleet.restored()
+    creds = fleet.folder() / "creds.json"
+    creds.write_text(creds.read_text().replace('"accountSyncCounter":1', '"accountSyncCounter":7'))
+    assert failback(fleet, *STOPPED).returncode == 0
+    assert fleet.database.execute(f"{read} WHERE company_id = %s", [FIRST]) == [(field, noise_key, "7")]
+
+
 def test_a_trigger_that_sets_updated_at_does_not_overwrite_the_files_times(live: Fleet) -> None:
     live.database.execute(
         "CREATE FUNCTION touch() RETURNS trigger LANGUAGE plpgsql AS "

@@ -144,7 +144,8 @@ VALUES = {
     "not base64": '{"type": "Buffer", "data": "!!"}',
     "escapes": '{"_sessions": {}, "a\\\\b\\n\\"": "\\\\x \\u2028 \\ud83d\\ude00"}',
 }
-KEPT_AS_FOUND = {"deeper", "deepest", "more bits", "many digits", "no double", "buffer", "not base64"}
+KEPT_AS_FOUND = {"deeper", "deepest", "no double"}
+KEPT_BUT_FOR_SPACES = {"more bits", "many digits"}  # Python's JSON would lose the digits
 
 
 def test_every_value_arrives_as_it_is_whatever_its_type_promised(fleet: Fleet) -> None:
@@ -158,6 +159,8 @@ def test_every_value_arrives_as_it_is_whatever_its_type_promised(fleet: Fleet) -
         written = (fleet.folder() / f"session-{name}.json").read_text()
         if name in KEPT_AS_FOUND:
             assert written == stored[name]
+        elif name in KEPT_BUT_FOR_SPACES:
+            assert written == stored[name].replace(" ", "")
         else:
             assert written == json.dumps(json.loads(stored[name]), ensure_ascii=False, separators=(",", ":"))
     said = " ".join(done.json()["warnings"])
