@@ -16,6 +16,7 @@ import orjson
 from opsctl.baileys import buffers, credentials, key_types
 from opsctl.baileys.filenames import (
     CREDS_FILE,
+    MANIFEST_FILE,
     UnwritableName,
     is_ignored,
     key_file_name,
@@ -117,20 +118,30 @@ def _company_folders(target: Path, companies: tuple[str, ...]) -> list[Path]:
         if not target.is_dir():
             state = "is not a folder" if target.exists() else "does not exist"
             raise Refused(f"{target} {state}", hint="pass the sessions folder, or one company's folder in it")
-        if target.name.startswith("company_") or (target / CREDS_FILE).exists():
-            return [target]
-        found = sorted(p for p in target.iterdir() if p.is_dir() and not p.is_symlink() and p.name != OPSCTL_FOLDER)
+        found = [target] if _is_of_one_company(target) else _folders_in(target)
     except OSError as error:
         raise unreadable(target, error) from None
     if companies:
         wanted = {c if c.startswith("company_") else f"company_{c}" for c in companies}
         missing = sorted(wanted - {p.name for p in found})
         if missing:
-            raise Refused(f"{target} has no folder {', '.join(map(ascii, missing))}", kind="unknown-company")
+            what = "is not" if found == [target] else "has no folder"
+            raise Refused(f"{target} {what} {', '.join(map(ascii, missing))}", kind="unknown-company")
         found = [p for p in found if p.name in wanted]
     if not found:
         raise Refused(f"{target} holds no company folders", hint="opsctl sessions restore")
     return found
+
+
+def _is_of_one_company(target: Path) -> bool:
+    """By what is in it; by its name where nothing is, for a sessions folder may be called company_ too."""
+    if (target / CREDS_FILE).exists() or (target / MANIFEST_FILE).exists():
+        return True
+    return target.name.startswith("company_") and not any(p.name.startswith("company_") for p in _folders_in(target))
+
+
+def _folders_in(target: Path) -> list[Path]:
+    return sorted(p for p in target.iterdir() if p.is_dir() and not p.is_symlink() and p.name != OPSCTL_FOLDER)
 
 
 class _Folder:
@@ -242,6 +253,8 @@ def _check_creds(folder: _Folder, creds: bytes | None) -> tuple[str, ...]:
         unusable.append("the pairing was never completed: it will ask for a QR code")
     if normalised.form in _FORMS_NOT_EVERY_VERSION_READS:
         unusable.append(f"its bytes are stored as {normalised.form}, which not every Baileys reads")
+    if normalised.problem and not unusable:
+        folder.warnings.add(f"{CREDS_FILE}: {normalised.problem}")
     for finding in (*examined.findings, *credentials.consistency(examined, folder.summary)):
         if finding.severity is not credentials.Severity.UNUSABLE:
             folder.warnings.add(finding.message)

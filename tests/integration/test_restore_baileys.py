@@ -613,6 +613,77 @@ def test_a_value_that_is_not_what_its_type_promises_is_written_as_it_is_and_warn
         assert [w for w in row["warnings"] if w.startswith(f"{key_type}: ") and said in w and stem in w], (name, row)
 
 
+ODD_FIELDS: dict[str, tuple[dict[str, Any], str]] = {  # by company: a field of its creds, and what is said of it
+    "no-data": ({"routingInfo": {"type": "Buffer"}}, "a Buffer object whose data are not bytes"),
+    "not-bytes": ({"routingInfo": {"type": "Buffer", "data": [8, 256]}}, "a Buffer object whose data are not bytes"),
+    "many-digits": ({"more": 18446744073709551617}, "a number that would lose digits"),
+}
+
+
+@of_baileys_7
+def test_one_field_of_the_creds_that_cannot_be_rewritten_keeps_no_other_from_being_read(
+    service: Service, fleet: Fleet
+) -> None:
+    creds = creds_of(fleet, STRINGIFIED)
+    assert isinstance(creds["noiseKey"]["private"]["data"], list)
+    for company, (odd, _) in ODD_FIELDS.items():
+        service.insert([Row(company, None, None, json.dumps(creds | odd))])
+    restored = service.restore("--service-stopped")
+    verified = service.verify("--against", "database")
+    for company, (odd, said) in ODD_FIELDS.items():
+        assert f"creds: {said}" in row_of(restored, company)["warnings"]
+        row = row_of(verified, company)
+        assert (row["verdict"], row["problems"], row["database"]) == ("will log in", [], "equal")
+        assert f"creds.json: {said}" in row["warnings"]
+        written = json.loads((folder_of(service.folder, company) / "creds.json").read_bytes())
+        assert data_of(written["noiseKey"]["private"]) == bytes(creds["noiseKey"]["private"]["data"])
+        assert {name: written[name] for name in odd} == odd
+
+
+@of_baileys_7
+def test_keys_that_do_not_fit_the_creds_are_warned_of_when_restored_and_when_verified(
+    service: Service, fleet: Fleet
+) -> None:
+    rows = of_company(fleet.rows, ONLY)
+    app_state_key = creds_of(fleet)["myAppStateKeyId"]
+    reverse = next(row for row in rows if row.key_type == "lid-mapping" and str(row.key_id).endswith("_reverse"))
+    service.insert(
+        row
+        for row in rows
+        if row is not reverse and (row.key_type, row.key_id) != ("app-state-sync-key", app_state_key)
+    )
+    service.insert([Row(ONLY, "sender-key", "900@g.us::1::0", "[]"), Row(ONLY, "sender-key", "901@g.us::1::0", "[]")])
+    restored = row_of(service.restore("--service-stopped"), ONLY)
+    verified = row_of(service.verify(), ONLY)
+    assert verified["verdict"] == "will log in"
+    for said in (
+        "myAppStateKeyId names an app-state-sync-key that is not there",
+        "lid-mapping is not made of pairs: ",
+        "sender-keys in both encodings",
+    ):
+        for answer in (restored, verified):
+            assert [warning for warning in answer["warnings"] if said in warning], (said, answer)
+
+
+@of_baileys_7
+def test_a_sessions_folder_may_be_called_like_a_companys(service: Service, fleet: Fleet, tmp_path: Path) -> None:
+    service.insert(fleet.rows)
+    folder = tmp_path / "company_sessions"
+    service.restore("--service-stopped", to=folder)
+    assert {row["company"] for row in service.verify(folder=folder)["rows"]} == set(fleet.company_ids)
+    alone = service.verify("--company", ONLY, folder=folder)
+    assert [row["company"] for row in alone["rows"]] == [ONLY]
+    one = folder_of(folder, ONLY)
+    assert [row["company"] for row in service.verify("--company", ONLY, folder=one)["rows"]] == [ONLY]
+    other = service.verify("--company", MIXED, folder=one, exit_code=5)
+    assert other["error"]["kind"] == "unknown-company"
+    assert f"company_{MIXED}" in other["error"]["message"]
+    assert service.verify("--company", "nobody", folder=folder, exit_code=5)["error"]["kind"] == "unknown-company"
+    for file in one.iterdir():
+        file.unlink()
+    assert "creds.json is missing" in service.verify(folder=one, exit_code=1)["error"]["message"]
+
+
 @of_baileys_7
 def test_what_was_encoded_twice_is_warned_of_and_not_converted(service: Service, fleet: Fleet) -> None:
     rows = of_company(fleet.rows, ONLY)
