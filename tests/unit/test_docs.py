@@ -115,9 +115,12 @@ def test_every_typed_line_of_a_runbook_says_how_it_ends() -> None:
 
 
 def test_the_quick_start_has_exactly_two_lines() -> None:
-    section = (ROOT / "README.md").read_text(encoding="utf-8").partition("## Quick start")[2].partition("\n## ")[0]
-    blocks = re.findall(r"^```sh\n(.*?)^```", section, re.MULTILINE | re.DOTALL)
+    opening, *sections = re.split(r"^## ", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.MULTILINE)
+    assert "```" not in opening  # what it is for
+    assert sections[0].startswith("Quick start\n")
+    blocks = re.findall(r"^```sh\n(.*?)^```$", sections[0], re.MULTILINE | re.DOTALL)
     assert [block.count("\n") for block in blocks] == [1, 1]
+    assert sections[0].count("```") == 4
 
 
 def test_the_example_settings_are_the_settings() -> None:
