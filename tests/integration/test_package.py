@@ -34,10 +34,13 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Run:
     shutil.copytree(
         REPOSITORY / "opsctl", source / "opsctl", symlinks=True, ignore=shutil.ignore_patterns("__pycache__")
     )
-    # As README's own line does, pip fetches what builds it.
+    # As README's own line does, with the setuptools that is pinned.
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q"]
     subprocess.run(
-        [*pip, "wheel", "--no-deps", "-w", folder, source], check=True, timeout=300, stdout=subprocess.DEVNULL
+        [*pip, "wheel", "--no-deps", "--no-build-isolation", "-w", folder, source],
+        check=True,
+        timeout=300,
+        stdout=subprocess.DEVNULL,
     )
     [wheel] = folder.glob("*.whl")
     venv.create(folder / "venv", with_pip=False)
