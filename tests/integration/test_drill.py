@@ -7,6 +7,7 @@ import json
 import os
 import random
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -15,8 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from opsctl.operations import drill
 from opsctl.operations.faults import Fault
 from opsctl.state import State
+from opsctl.stores.publishing import Owner
 from tests import needs
 from tests.integration.processes import processes_of
 from tests.integration.receivers import Recorder, recording
@@ -163,6 +166,30 @@ def test_history_shows_earlier_drills_oldest_first_and_as_many_as_asked(stage: S
     assert all(row["restore_s"] > 0 and row["keys_per_company"] == 40 for row in document["rows"])
     assert "1 of 2 drills passed" in document["summary"]
     assert [row["companies"] for row in stage.history("--last", "1")["rows"]] == [7]
+
+
+def test_five_folders_are_torn_each_in_a_way_of_its_own(tmp_path: Path) -> None:
+    folders = [tmp_path / f"company_{number}" for number in range(6)]
+    for folder in folders:
+        folder.mkdir()
+        for name in ("creds.json", "session-1.0.json", "session-2.0.json"):
+            (folder / name).write_bytes(b'{"whole":1}')
+    owner = Owner.named("nobody") if os.geteuid() == 0 else Owner.of(tmp_path)
+    torn, short, denied, foreign, gone, whole = folders
+    assert list(drill._tear(folders, owner)) == [folder.name for folder in folders[:5]]
+    assert (torn / "creds.json").read_bytes() == b'{"who'
+    assert len(list(short.glob("session-*"))) == 1
+    assert stat.S_IMODE((denied / "creds.json").stat().st_mode) == 0
+    assert {path.name: path.read_bytes() for path in foreign.iterdir()} == {"creds.json": b"{}"}
+    assert not gone.exists()
+    assert len(list(whole.iterdir())) == 3
+
+
+def test_four_of_five_torn_folders_have_to_be_refused(stage: Stage) -> None:
+    code, document = stage.drill("--companies", "5")
+    assert code == 0, document
+    seen = {row["check"]: row["seen"] for row in document["rows"]}
+    assert seen["what was written since is refused without a flag"] == "4 of 4 torn folders refused"
 
 
 # --- drills that fail -------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests import needs
-from tests.integration.fleet import FIRST, SECOND, Fleet, results
+from tests.integration.fleet import FIRST, SECOND, Fleet, results, rows_of, unchanged
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -94,3 +94,57 @@ def test_credentials_that_the_services_user_cannot_read_will_not_log_in(fleet: F
     done = fleet.opsctl("sessions", "verify", fleet.target)
     assert done.returncode == 1
     assert f"{FIRST}: creds.json belongs to another user than its folder" in done.stderr
+
+
+FIRST_SESSION = "min(name for name in os.listdir(self._fd) if name.startswith('session-'))"
+NOT_WRITTEN_WELL = {  # what goes wrong after a company's files were written: what is said of it
+    "a key file is gone": (
+        f"os.unlink({FIRST_SESSION}, dir_fd=self._fd)",
+        "its files are not those of its manifest",
+    ),
+    "creds are others": (
+        "os.truncate(f'/proc/self/fd/{self._fd}/creds.json', 9)",
+        "creds.json reads back differently from what was written",
+    ),
+}
+
+
+@pytest.mark.parametrize(("wrong", "said"), NOT_WRITTEN_WELL.values(), ids=NOT_WRITTEN_WELL.keys())
+def test_a_folder_that_does_not_read_back_is_not_published(fleet: Fleet, wrong: str, said: str) -> None:
+    fleet.restored()
+    fleet.database.execute("UPDATE whatsapp_auth SET creds = creds || '{\"accountSyncCounter\": 7}'")
+    after = f"""
+import os, opsctl.stores.staging as staging
+real = staging.CompanyWriter.finish
+def finish(self):
+    done = real(self)
+    if done.company_id == '{FIRST}':
+        {wrong}
+    return done
+staging.CompanyWriter.finish = finish
+"""
+    with unchanged(fleet.folder(FIRST)):
+        done = fleet.opsctl("sessions", "restore", "--to", fleet.target, "--service-stopped", "--json", before=after)
+    assert done.returncode == 6, done
+    assert results(done) == {FIRST: "damaged", SECOND: "restored"}
+    assert said in rows_of(done)[FIRST]["reason"]
+
+
+def test_all_companies_are_of_one_moment(fleet: Fleet) -> None:
+    """What is written while the first company is read is in no folder: half of it could be in one."""
+    written = """
+import os, psycopg, opsctl.stores.postgres as postgres
+real = postgres.Snapshot.key_rows
+def key_rows(self, company_id):
+    with psycopg.connect(os.environ['DATABASE_URL'], autocommit=True) as other:
+        other.execute("UPDATE whatsapp_auth SET creds = creds || '{\\"accountSyncCounter\\": 77}'")
+        other.execute("DELETE FROM whatsapp_keys WHERE key_type = 'pre-key'")
+    return real(self, company_id)
+postgres.Snapshot.key_rows = key_rows
+"""
+    done = fleet.opsctl("sessions", "restore", "--to", fleet.target, "--json", before=written)
+    assert done.returncode == 0, done
+    assert fleet.database.execute("SELECT DISTINCT creds->>'accountSyncCounter' FROM whatsapp_auth") == [("77",)]
+    for company in (FIRST, SECOND):
+        assert '"accountSyncCounter":1,' in (fleet.folder(company) / "creds.json").read_text()
+        assert list(fleet.folder(company).glob("pre-key-*.json"))

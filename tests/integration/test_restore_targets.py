@@ -135,6 +135,38 @@ def test_a_full_disk_is_named_and_the_old_folders_are_still_there(fleet: Fleet, 
 
 
 @needs.root()
+def test_a_dry_run_says_that_there_is_not_enough_space(fleet: Fleet) -> None:
+    fleet.target.mkdir()
+    with mounted(fleet.target, "-t", "tmpfs", "-o", "size=200k,mode=700", "none"):
+        document = fleet.restored("--dry-run")
+        facts = document["facts"]
+        assert facts["space_free_bytes"] <= 200 * 1024 < facts["space_needed_bytes"]
+        needed, free = f"{facts['space_needed_bytes']:,}", f"{facts['space_free_bytes']:,}"
+        assert f"{needed} bytes are needed at {fleet.target} and {free} are free" in document["warnings"]
+        assert f"{needed} bytes needed, {free} free; nothing was changed" in document["summary"]
+    assert not [w for w in fleet.restored("--dry-run")["warnings"] if "are needed" in w]
+
+
+def test_a_restore_ends_with_its_table_the_clock_and_what_to_type_next(fleet: Fleet) -> None:
+    fleet.target = fleet.target.with_name("the sessions")
+    target = f"'{fleet.target}'"
+    text = fleet.restore().stdout
+    assert -1 < text.find("Company") < text.find("\nRTO: ") < text.find("\nNext:\n")
+    stopped = fleet.restored("--discard-changes", "--yes")["next"]
+    running = fleet.opsctl("sessions", "restore", "--to", fleet.target, "--discard-changes", "--yes", "--json")
+    assert not [line for line in stopped if line.startswith("pm2 stop")]
+    assert [line for line in running.json()["next"] if line.startswith("pm2 stop baileys-whatsapp-service")]
+    for lines in (stopped, running.json()["next"]):
+        assert lines[0] == f"opsctl sessions verify {target}"
+        assert lines[-1] == f"opsctl sessions undo --to {target}"
+        assert f"opsctl sessions failback --from {target} --dry-run" in lines
+        start = " ".join(lines)
+        assert "USE_LEGACY_SUPABASE=false pm2 restart baileys-whatsapp-service --update-env" in start
+        for flag in ("USE_REPOSITORY_PATTERN=false", "USE_DATABASE_AUTH_STATE=false", "USE_LEGACY_SUPABASE=false"):
+            assert start.count(flag) == 2  # in the service's .env, and at its start
+
+
+@needs.root()
 def test_a_folder_that_cannot_be_exchanged_keeps_its_company_back_and_no_other(fleet: Fleet) -> None:
     fleet.folder().mkdir(parents=True)
     with mounted(fleet.folder(), "-t", "tmpfs", "-o", "mode=700", "none"):

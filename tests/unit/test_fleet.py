@@ -5,10 +5,12 @@ from collections import Counter
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
+import orjson
 import pytest
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from opsctl.baileys import xeddsa
+from opsctl.baileys.buffers import StoredForm, normalise
 from opsctl.operations.fleet import PRODUCTION_KEYS, FleetSummary, seed_fleet
 
 if TYPE_CHECKING:
@@ -146,6 +148,13 @@ def test_a_company_has_the_form_of_its_index(database: Database) -> None:
     assert ["0" in value for value in routing] == [False, True, False, True]
     with pytest.raises(KeyError):
         seeded(database, forms=["hex"])
+
+
+def test_every_stored_form_occurs_in_a_fleet_of_five(database: Database) -> None:
+    seeded(database, companies=5)
+    routing = [orjson.dumps(creds["routingInfo"]) for creds in all_creds(database)]
+    forms = {StoredForm.JSON_STRINGIFY, StoredForm.BASE64, StoredForm.UINT8ARRAY}
+    assert {normalise(value).form for value in routing} == forms
 
 
 def test_both_sender_key_encodings_occur_but_not_in_one_company(database: Database) -> None:

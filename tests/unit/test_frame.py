@@ -26,6 +26,7 @@ from tests.forks import Finished
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
+    from tests.conftest import RunOpsctl
     from tests.forks import Forks
 
 REPOSITORY = Path(__file__).parents[2]
@@ -472,6 +473,16 @@ def test_a_pipe_gets_rows_that_are_not_wrapped(place: Place) -> None:
     assert f"\n{'b' * 60} " in place.run("group", "table", env={"COLUMNS": "40"}).stdout
 
 
+def test_a_step_with_a_total_has_a_bar_on_a_terminal_while_it_goes_on_and_none_in_a_pipe(place: Place) -> None:
+    terminal = Terminal(place, "wait", "cleaned-up")
+    terminal.until("1/2")
+    terminal.type("\x03")
+    assert terminal.end() == 130
+    process = place.start("wait", "cleaned-up", "--deadline", "1", stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    _, stderr = process.communicate(timeout=60)
+    assert b"1/2" not in stderr
+
+
 def test_steps_are_timed_on_stderr_as_they_end(place: Place) -> None:
     done = place.run("emergency", "--nap-s", "0.2")
     assert re.fullmatch(r"  export session files +0\.[2-9]\d s\n", done.stderr)
@@ -570,6 +581,12 @@ def test_help_speaks_the_flags_own_words_for_values(place: Place) -> None:
     help_text = place.run("emergency", "--help").stdout
     for words in ("--deadline SECONDS", "--env-file FILE", "--since TIME", "--company ID"):
         assert words in help_text
+
+
+def test_the_version_is_told_also_beside_settings_that_make_no_sense(run_opsctl: RunOpsctl) -> None:
+    for words in (["--version"], ["--version", "sessions", "restore"]):
+        done = run_opsctl(*words, env={"RTO_TARGET_SECONDS": "ten minutes"})
+        assert (done.returncode, done.stdout, done.stderr) == (0, f"opsctl {opsctl.__version__}\n", "")
 
 
 # The clock and the history

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from opsctl import db
 from opsctl.errors import SettingsError
 from opsctl.settings import VARIABLES, Settings, env_example, load
 
@@ -364,3 +365,14 @@ def test_the_cache_is_where_it_is_said_to_be_else_in_the_services_folder() -> No
     assert load(environ={"CREDENTIALS_CACHE_TTL_MS": "1500"}).cache_ttl == timedelta(seconds=1.5)
     with pytest.raises(SettingsError, match="neither CREDENTIALS_CACHE_FILE nor APP_DIR is set"):
         _ = load(environ={}).cache_file
+
+
+def test_a_database_url_wins_over_the_single_parts() -> None:
+    parts = {"POSTGRES_HOST": "parts", "POSTGRES_DATABASE": "y", "POSTGRES_PORT": "5433", "POSTGRES_USER": "u"}
+    of_parts = db.address(load(environ=parts))
+    assert {name: of_parts[name] for name in ("host", "port", "dbname", "user")} == {
+        "host": "parts", "port": 5433, "dbname": "y", "user": "u"
+    }  # fmt: skip
+    both = db.address(load(environ={"DATABASE_URL": "postgresql://whole/x", **parts}))
+    assert (both["host"], both["dbname"]) == ("whole", "x")
+    assert not {"port", "user"} & both.keys()
