@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import gc
 import itertools
+import os
 import signal
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -43,6 +44,23 @@ def debian_postgres_bin() -> Path | None:
 def pytest_configure() -> None:
     """A shell starts what it does not wait for (`... &`) with Ctrl-C ignored, and so would run all that we start."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the tests that are marked as long: one that began last would go on when all others are done.
+
+    Each process is dealt as long a piece of the list, one after the other (`--dist worksteal`).
+    """
+    processes = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    long = [item for item in items if item.get_closest_marker("long")]
+    others = [item for item in items if not item.get_closest_marker("long")]
+    piece, order = len(items) // processes, []
+    for process in range(processes):
+        first = long[process::processes]
+        rest = max(0, piece - len(first))
+        order += first + others[:rest]
+        others = others[rest:]
+    items[:] = order + others
 
 
 def pytest_collection_finish() -> None:

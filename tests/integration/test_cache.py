@@ -346,6 +346,7 @@ def test_two_thousand_fuzzed_files_of_complete_creds_held_against_the_database_g
     assert any(word.startswith("differs: ") for word in seen)
 
 
+@pytest.mark.long
 def test_ten_thousand_fuzzed_files_give_neither_a_traceback_nor_a_secret(app: Fleet) -> None:
     for company, entry in json.loads(file_of(app).read_bytes()).items():
         few = ("me", "noiseKey", "advSecretKey", "nextPreKeyId")  # what is proven of the rest takes its time

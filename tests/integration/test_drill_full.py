@@ -50,6 +50,7 @@ def nothing_is_left(scratch: Path) -> None:
         time.sleep(0.1)
 
 
+@pytest.mark.long
 def test_a_full_drill_goes_there_and_back_and_leaves_nothing(path: str, place: Path, run_opsctl: RunOpsctl) -> None:
     done = run_opsctl(*WORDS, "--scratch", place, env={"PATH": path}, timeout=240)
     assert done.returncode == 0, done

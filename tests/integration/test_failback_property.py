@@ -182,6 +182,7 @@ def creds(fleet: Fleet) -> str:
     phases=[Phase.explicit, Phase.generate],
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
+@pytest.mark.long
 def test_whatever_was_edited_no_key_is_lost_and_no_ratchet_goes_back(
     fleet: Fleet, creds: str, edits: Edits, new: set[Key], world: str
 ) -> None:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 COMMANDS = [name for name, _ in tree.commands() if name != "selftest leaks"]
 
 
+@pytest.mark.long
 def test_no_secret_leaves_whatever_is_typed_and_whatever_breaks(forking: Forks, tmp_path: Path) -> None:
     def run(words: Sequence[str], environment: Mapping[str, str]) -> process.Finished:
         done = forking.run(*words, env=environment)

@@ -75,6 +75,7 @@ def folders(manager: services.Pm2) -> set[str]:
     return {str(one.folder) for one in found}
 
 
+@pytest.mark.long
 def test_pm2s_services_move_and_come_back_as_they_were_also_where_a_move_was_cut_in_the_middle(
     stage: tuple[Pm2, services.Pm2, Move], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -277,6 +277,7 @@ def dying(point: int, *, no_exchange: bool) -> str:
     return f"from tests.forks import die_at; die_at({point}, no_exchange={no_exchange})"
 
 
+@pytest.mark.long
 @EXCHANGE
 def test_killed_at_every_step_of_publishing_and_cleaning_up_there_is_a_whole_folder_in_the_end(
     site: Site, versions: Versions, *, no_exchange: bool

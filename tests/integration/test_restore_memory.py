@@ -17,6 +17,7 @@ import pytest
 
 from opsctl.operations.fleet import seed_fleet
 from opsctl.stores.lanes import MOST_LANES
+from tests.integration.folders import remove
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -62,8 +63,9 @@ def target() -> Iterator[Path]:
     """In memory where that is possible: deleting 200,000 files takes a disk longer than writing them."""
     memory = Path("/dev/shm")
     roomy = memory.is_dir() and os.access(memory, os.W_OK) and shutil.disk_usage(memory).free > 4 * 1024**3
-    with tempfile.TemporaryDirectory(dir=memory if roomy else None) as folder:
-        yield Path(folder) / "sessions"
+    folder = Path(tempfile.mkdtemp(dir=memory if roomy else None))
+    yield folder / "sessions"
+    remove(folder)
 
 
 def restore(database: Database, target: Path) -> Peak:
@@ -90,7 +92,7 @@ def restore(database: Database, target: Path) -> Peak:
 def restore_anew(database: Database, target: Path) -> float:
     """The peak of all processes together, of a restore to where nothing stands."""
     peak = restore(database, target)
-    shutil.rmtree(target)
+    remove(target)
     return peak.together
 
 
@@ -99,6 +101,7 @@ def seed(database: Database, companies: int, keys: int) -> None:
         seed_fleet(connection, companies=companies, keys_per_company=keys, seed=1, key_pair_pool=16)
 
 
+@pytest.mark.long
 def test_two_hundred_companies_take_no_more_than_200_mib(database: Database, target: Path) -> None:
     seed(database, 200, 100)
     peak = restore(database, target)
@@ -106,6 +109,7 @@ def test_two_hundred_companies_take_no_more_than_200_mib(database: Database, tar
     assert len(list(target.glob("company_*"))) == 200
 
 
+@pytest.mark.long
 def test_as_many_companies_of_100_000_keys_as_there_can_be_writers_take_no_more_than_200_mib(
     database: Database, target: Path
 ) -> None:

@@ -20,6 +20,7 @@ from opsctl.operations.fleet import seed_fleet
 from opsctl.stores.folder import Holding, contents, opened
 from tests import needs
 from tests.integration.fleet import FIRST, SECOND, Fleet, results, rows_of, unchanged
+from tests.integration.folders import remove
 from tests.integration.test_restore_damage import EVERYTHING, VALUE, damage
 
 if TYPE_CHECKING:
@@ -409,7 +410,7 @@ class Twenty:
 
     def restored(self) -> dict[str, Any]:
         """Not through the fleet's own way to run it, which looks at every one of 140,000 files afterwards."""
-        shutil.rmtree(self.fleet.target, ignore_errors=True)
+        remove(self.fleet.target)
         words = ("sessions", "restore", "--to", self.fleet.target, "--service-stopped", "--json")
         document: dict[str, Any] = self.fleet.run_opsctl(*words, env=self.fleet.env).json()
         assert set(results(document).values()) == {"restored"}
@@ -448,6 +449,7 @@ def _loses_its_tables(twenty: Twenty) -> set[str]:
     return set(sources(twenty.restored()).values())
 
 
+@pytest.mark.long
 def test_twenty_companies_are_back_in_time_whatever_is_wrong_with_the_database(empty_fleet: Fleet) -> None:
     with empty_fleet.database.connect(autocommit=False) as connection:
         seed_fleet(connection, companies=20, keys_per_company=2317, seed=1, key_pair_pool=8)

@@ -290,6 +290,7 @@ def differences(line: Line, done: Finished) -> list[str]:
     return found
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", sorted(STARTS))
 def test_what_the_page_says_of_its_lines_is_so(scene: Scene, name: str) -> None:
     STARTS[name](scene)

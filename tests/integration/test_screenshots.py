@@ -7,12 +7,13 @@ import re
 from collections import defaultdict
 from typing import TYPE_CHECKING
 
+import pytest
+
 from docs import screenshots
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    import pytest
 
 EQUAL = {
     "health": re.compile(r"([a-z][a-z -]*?) +(ok|warning|critical) "),
@@ -24,6 +25,7 @@ OF_THE_MACHINE = {"version"}
 """A check whose state tells of the programs that are installed."""
 
 
+@pytest.mark.long
 def test_the_command_makes_the_pictures_anew_from_real_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     kept = screenshots.FOLDER
     monkeypatch.setattr(screenshots, "FOLDER", tmp_path)

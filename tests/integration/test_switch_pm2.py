@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING
 
+import pytest
+
 from tests.switch.rig import FLAGS, SERVICE, rig
 
 if TYPE_CHECKING:
@@ -13,6 +15,7 @@ if TYPE_CHECKING:
     from tests.conftest import Database
 
 
+@pytest.mark.long
 def test_a_service_is_switched_and_brought_back_and_no_message_is_lost(database: Database, place: Path) -> None:
     with rig(place, database.url) as installation:
         installation.pm2("save")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import pytest
+
 from tests import needs
 from tests.switch.rig import FLAGS, SERVICE, systemd_rig
 
@@ -15,6 +17,7 @@ if TYPE_CHECKING:
 DROP_IN = "/etc/systemd/system/baileys-whatsapp-service.service.d/50-opsctl-switch.conf"
 
 
+@pytest.mark.long
 @needs.systemd()
 def test_a_unit_is_switched_and_brought_back_and_no_message_is_lost(database: Database, place: Path) -> None:
     with systemd_rig(place, database.url) as installation:
