@@ -325,16 +325,11 @@ class _Spelled(str):
 
 def _walked_with_numbers_as_spelled(text: bytes) -> object:
     import json
-    from decimal import Decimal
 
-    def fraction(digits: str) -> float | _Spelled:
-        number = float(digits)
-        return number if Decimal(digits) == Decimal(repr(number)) else _Spelled(digits)
+    def number(digits: str) -> object:
+        return orjson.loads(digits) if _survives(digits) else _Spelled(digits)
 
-    def integer(digits: str) -> int | _Spelled:
-        return int(digits) if len(digits) < 19 else _Spelled(digits)
-
-    return _walk(json.loads(text, parse_float=fraction, parse_int=integer), set())
+    return _walk(json.loads(text, parse_float=number, parse_int=number), set())
 
 
 def _as_text(value: object) -> str:
@@ -350,13 +345,13 @@ def _as_text(value: object) -> str:
 
 def _numbers_survive(text: bytes) -> bool:
     """Whether each number of a JSON text keeps its value as a 64-bit integer or a double."""
+    return all(match[1] is None or _survives(match[1].decode()) for match in _STRING_OR_NUMBER.finditer(text))
+
+
+def _survives(number: str) -> bool:
     from decimal import Decimal
 
-    for match in _STRING_OR_NUMBER.finditer(text):
-        number = (match[1] or b"").decode()
-        if number.lstrip("-").isdigit() and len(number) <= 20 and -(2**63) <= int(number) < 2**64:
-            continue
-        # PostgreSQL prints 1e+22 as 23 digits: as a double it is the same.
-        if number and Decimal(number) != Decimal(repr(float(number))):
-            return False
-    return True
+    if number.lstrip("-").isdigit() and len(number) <= 20 and -(2**63) <= int(number) < 2**64:
+        return True
+    # PostgreSQL prints 1e+22 as 23 digits: as a double it is the same.
+    return Decimal(number) == Decimal(repr(float(number)))
