@@ -24,7 +24,7 @@ import sys
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, Required, TypedDict, Unpack
 
 from opsctl.__main__ import COLLECT_AFTER
 
@@ -50,7 +50,8 @@ class Finished:
 class Running:
     """One run, as `subprocess.Popen` shows it: while it goes on, and after. It leads a session of its own."""
 
-    def __init__(self, connection: socket.socket, streams: Mapping[str, str]) -> None:
+    def __init__(self, words: list[str], connection: socket.socket, streams: Mapping[str, str]) -> None:
+        self._words = words
         self._connection = connection
         self._streams = streams
         self._answers = connection.makefile()
@@ -67,7 +68,7 @@ class Running:
         """The exit code. Raises `subprocess.TimeoutExpired`."""
         if self.returncode is None:
             if not select.select([self._connection], [], [], timeout)[0]:
-                raise subprocess.TimeoutExpired("opsctl", timeout or 0)
+                raise subprocess.TimeoutExpired(self._words, timeout or 0)
             self.returncode = int(self._answers.readline())
             self._answers.close()
             self._connection.close()
@@ -93,6 +94,16 @@ class Running:
         return Finished(code, out, err)
 
 
+class Options(TypedDict, total=False):
+    """How a run is begun: `before` is a text of Python for it, `inside` one for what it runs of opsctl, in a drill."""
+
+    env: Required[Mapping[str, str]]
+    before: str
+    inside: str
+    stdin: str
+    cwd: Path
+
+
 class Forks:
     """The process that forks, seen from a test. Made by `forks`."""
 
@@ -100,42 +111,28 @@ class Forks:
         self._address = address
         self._numbers = itertools.count(1)
 
-    def start(
-        self,
-        *words: str | Path,
-        env: Mapping[str, str],
-        before: str = "",
-        inside: str = "",
-        stdin: str = "",
-        cwd: Path | None = None,
-    ) -> Running:
-        """Begin to run opsctl with `env` and PATH, and nothing else of the environment.
-
-        What it runs of opsctl, in a drill, is forked too, with `inside` for its `before`.
-        """
+    def start(self, *words: str | Path, **options: Unpack[Options]) -> Running:
+        """Begin to run opsctl with `env` and PATH, and nothing else of the environment."""
         base = self._address.with_name(f"run-{os.getpid()}-{next(self._numbers)}")
-        names = {stream: str(base.with_suffix(f".{stream}")) for stream in ("stdin", "stdout", "stderr")}
-        Path(names["stdin"]).write_text(stdin)
-        environment = {"PATH": os.environ["PATH"], "PYTHONPATH": str(REPOSITORY), **env}
-        order = {"words": [*map(str, words)], "env": environment, "before": before, "cwd": str(cwd or "/"), **names}
-        order |= {"address": str(self._address), "inside": inside}
+        streams = {stream: str(base.with_suffix(f".{stream}")) for stream in ("stdin", "stdout", "stderr")}
+        Path(streams["stdin"]).write_text(options.get("stdin", ""))
+        order = {
+            "words": [*map(str, words)],
+            "env": {"PATH": os.environ["PATH"], "PYTHONPATH": str(REPOSITORY), **options["env"]},
+            "before": options.get("before", ""),
+            "inside": options.get("inside", ""),
+            "cwd": str(options.get("cwd", "/")),
+            "address": str(self._address),
+            **streams,
+        }
         connection = socket.socket(socket.AF_UNIX)
         connection.connect(str(self._address))
         connection.sendall(json.dumps(order).encode() + b"\n")
-        return Running(connection, names)
+        return Running(["opsctl", *map(str, words)], connection, streams)
 
-    def run(
-        self,
-        *words: str | Path,
-        env: Mapping[str, str],
-        before: str = "",
-        inside: str = "",
-        stdin: str = "",
-        cwd: Path | None = None,
-        timeout: float = 120,
-    ) -> Finished:
+    def run(self, *words: str | Path, timeout: float = 120, **options: Unpack[Options]) -> Finished:
         """`start`, and wait for the end. Raises `subprocess.TimeoutExpired`."""
-        running = self.start(*words, env=env, before=before, inside=inside, stdin=stdin, cwd=cwd)
+        running = self.start(*words, **options)
         try:
             running.wait(timeout)
         finally:
@@ -291,6 +288,9 @@ def _fork_what_it_runs(forking: Forks, before: str) -> None:
 
     process.run, process.start = run, start  # type: ignore[assignment]
 
+
+THEIR_APP = "\nfrom opsctl import cli\ncli.app = app\n"
+"""For the end of `before`: the run is one of the commands that it has made, in `app`."""
 
 AS_NOBODY = "import os; os.chdir('/'); os.setgroups([]); os.setgid(65534); os.setuid(65534)"
 """For `before`: a run of a user who may not even be able to read where opsctl is installed."""

@@ -23,6 +23,7 @@ from opsctl import jobs, sentry, settings
 from opsctl.report import Ending, Report
 from opsctl.state import State
 from tests import needs
+from tests.forks import THEIR_APP
 from tests.integration.receivers import HANGING, free_port
 
 if TYPE_CHECKING:
@@ -91,8 +92,9 @@ class Machine:
         return [*self.before, sys.executable, str(self.program), *words]
 
     def run(self, *words: str, **env: str) -> Finished:
-        before = f"{PROGRAM}\nfrom opsctl import cli\ncli.app = app\n"
-        return self._forking.run(*words, env={**self.env, **env}, before=before, cwd=self.folder, timeout=30)
+        return self._forking.run(
+            *words, env={**self.env, **env}, before=PROGRAM + THEIR_APP, cwd=self.folder, timeout=30
+        )
 
     def started(self, *words: str, **env: str) -> subprocess.CompletedProcess[str]:
         """The same with all of Python's start."""

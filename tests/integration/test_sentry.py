@@ -24,10 +24,12 @@ from hypothesis import strategies as st
 
 import opsctl
 from opsctl import scrub, sentry, settings, spool
+from opsctl.errors import SettingsError
 from opsctl.notify import Notices
 from opsctl.report import Ending, Failure, Report
 from tests import needs
-from tests.integration.receivers import HANGING, accepts_and_never_answers, free_port, recording
+from tests.forks import THEIR_APP
+from tests.integration.receivers import HANGING, accepts_and_never_answers, drips, free_port, recording
 
 if TYPE_CHECKING:
     import contextlib
@@ -138,8 +140,9 @@ class Program:
 
     def run(self, *words: str, dsn: str, env: Mapping[str, str] | None = None) -> Finished:
         """Run one in a process that is forked where everything is imported already."""
-        before = f"{PROGRAM}\nfrom opsctl import cli\ncli.app = app\n"
-        return self._forking.run(*words, env=self._env(dsn, env), before=before, cwd=self._folder, timeout=30)
+        return self._forking.run(
+            *words, env=self._env(dsn, env), before=PROGRAM + THEIR_APP, cwd=self._folder, timeout=30
+        )
 
     def started(
         self, *words: str, dsn: str, env: Mapping[str, str] | None = None, before: tuple[str, ...] = ()
@@ -391,6 +394,45 @@ def test_the_answer_is_printed_before_anybody_else_is_told(
 @needs.namespace("mount")
 def test_a_resolver_that_hangs_adds_two_seconds_at_most(program: Program, silent_resolver: tuple[str, ...]) -> None:
     assert 0.5 < added_seconds(program, "http://k@sentry.example.com/1", silent_resolver) <= 2.0
+
+
+def test_an_endpoint_that_refuses_or_fails_costs_no_waiting(program: Program, recorder: Recorder) -> None:
+    recorder.status = 500
+    for dsn in (f"http://k@127.0.0.1:{free_port()}/1", recorder.dsn):
+        assert added_seconds(program, dsn) < 1.5
+
+
+def test_a_body_that_drips_is_not_waited_for(state: Path) -> None:
+    with drips(b"HTTP/1.1 200 OK\r\nContent-Length: 99\r\n\r\n") as dsn:
+        started = time.monotonic()
+        assert report(ending(), settings_of(dsn, state))
+        assert time.monotonic() - started < 1.5
+    assert spooled(state) == []
+
+
+@pytest.mark.parametrize(
+    "dsn",
+    ["http://sentry.example.com/1", "http://k@h/x", "http://k@h:port/1", "http://k@[::1/1", "http://k@h:99999/1",
+     "http://ключ@127.0.0.1:1/1", "http://k@/1"],
+)  # fmt: skip
+def test_a_malformed_dsn_is_nobody_s_problem(dsn: str, state: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert report(ending(), settings_of(dsn, state)) is None
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_state_folder_that_cannot_be_written_stops_nothing(state: Path, kent: Kent) -> None:
+    state.write_text("a file where the folder should be")
+    assert report(ending(emergency=False), settings_of(kent.dsn, state))
+    assert len(kent.events()) == 1
+
+
+def test_without_any_state_folder_the_event_is_sent(state: Path, kent: Kent, monkeypatch: pytest.MonkeyPatch) -> None:
+    def nowhere(_: settings.Settings) -> Path:
+        raise SettingsError("this user has no home, and OPSCTL_STATE_DIR is not set")
+
+    monkeypatch.setattr(settings.Settings, "state_dir", property(nowhere))
+    assert report(ending(emergency=False), settings_of(kent.dsn, state))
+    assert len(kent.events()) == 1
 
 
 # --- what waits -------------------------------------------------------------------------------------------------------

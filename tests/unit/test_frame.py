@@ -21,7 +21,7 @@ import typer
 import opsctl
 from opsctl.cli import frame
 from tests import needs
-from tests.forks import Finished
+from tests.forks import THEIR_APP, Finished
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 REPOSITORY = Path(__file__).parents[2]
 COMMANDS = [sys.executable, str(Path(__file__).with_name("invented_commands.py"))]
-INVENTED = "from opsctl import cli; from tests.unit.invented_commands import app; cli.app = app"
+INVENTED = f"from tests.unit.invented_commands import app{THEIR_APP}"
 SECRET = "a-row-with-a-private-key"
 
 ENVELOPE = [
@@ -93,14 +93,13 @@ class Place:
         )
 
     def json(self, *words: str, env: Mapping[str, str] | None = None) -> dict[str, Any]:
-        """The document of a `run` with `--json`, which is silent beside it."""
-        done = self.run(*words, "--json", env=env)
-        assert done.stderr == ""
-        return document_of(done)
+        """The document of a `run` with `--json`."""
+        return document_of(self.run(*words, "--json", env=env))
 
 
-def document_of(done: Finished) -> dict[str, Any]:
-    """The one document on stdout, checked against the process's exit code."""
+def document_of(done: Finished, *, beside: str = "") -> dict[str, Any]:
+    """The one document of `--json`, checked against the process's exit code and for silence `beside` it."""
+    assert done.stderr == beside
     assert done.stdout.count("\n") == 1
     document: dict[str, Any] = done.json()
     assert document["exit_code"] == done.returncode
@@ -355,7 +354,7 @@ def test_ctrl_c_ends_a_command_with_130(place: Place) -> None:
 
 def test_a_command_that_does_not_look_at_the_clock_is_stopped_after_its_deadline(place: Place) -> None:
     started = time.monotonic()
-    document = document_of(place.run("wait", "cleaned-up", "--deadline", "0.1", "--json"))
+    document = document_of(place.run("wait", "cleaned-up", "--deadline", "0.1", "--json"), beside="waiting\n")
     assert time.monotonic() - started < 10
     assert (document["exit_code"], document["error"]["kind"]) == (4, "deadline")
     assert document["summary"] == "not done within 0.1 s"
@@ -667,7 +666,7 @@ def test_a_state_folder_on_a_read_only_mount_stops_nothing(place: Place) -> None
     place.state.mkdir()
     mounted = 'mount --bind "$OPSCTL_STATE_DIR" "$OPSCTL_STATE_DIR" && mount -o remount,ro,bind "$OPSCTL_STATE_DIR"'
     before = ("unshare", "--mount", "sh", "-c", f'{mounted} && ! touch "$OPSCTL_STATE_DIR/x" 2>&- && exec "$@"', "sh")
-    assert place.started("emergency", before=before).returncode == 0
+    assert document_of(place.started("emergency", "--json", before=before))["exit_code"] == 0
     assert list(place.state.iterdir()) == []
 
 
